@@ -1,0 +1,5 @@
+"""Typed wrappers of ``torch.ops.mor``; importing this registers fakes and autograd."""
+
+from mor_ext.ops.compact import gather_tokens
+
+__all__ = ["gather_tokens"]

@@ -1,0 +1,41 @@
+"""Drives CMakeLists.txt; everything else is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds the op library and mor_ext._engine with one CMake run."""
+
+    def run(self) -> None:
+        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        output = package / "mor_ext"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        torch_root = Path(torch.__file__).parent
+        library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+        defines = {
+            "MOR_VERSION": self.distribution.get_version(),
+            "MOR_TORCH_VERSION": torch.__version__,
+            "MOR_TORCH_INCLUDE": torch_root / "include",
+            "MOR_TORCH_LIBRARY": torch_root / "lib" / library,
+            "MOR_OUTPUT_DIR": output,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "Python_EXECUTABLE": sys.executable,
+        }
+        configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
+        subprocess.run(configure + [f"-D{k}={v}" for k, v in defines.items()], check=True)
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["cmake", "--build", build, *(["-j", jobs] if jobs else [])], check=True)
+
+
+# The extension's name only tells setuptools that the wheel is not pure Python.
+setup(ext_modules=[Extension("mor_ext._engine", [])], cmdclass={"build_ext": CMakeBuild})
