@@ -1,7 +1,5 @@
 """Token compaction: the rows that a recursion works on, out of a packed tensor and back."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
