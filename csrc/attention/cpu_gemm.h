@@ -121,7 +121,7 @@ struct FmaGemm {
     vec_t<Acc> sum[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = accumulate ? load<Acc>(c + r * c_stride + v * kWidth) : vec_t<Acc>{};
+        sum[r][v] = vec_t<Acc>{};
       }
     }
     for (int64_t k = 0; k < depth; ++k) {
@@ -141,7 +141,8 @@ struct FmaGemm {
     }
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        store<Acc>(c + r * c_stride + v * kWidth, sum[r][v]);
+        Acc* to = c + r * c_stride + v * kWidth;
+        store<Acc>(to, accumulate ? load<Acc>(to) + sum[r][v] : sum[r][v]);
       }
     }
   }

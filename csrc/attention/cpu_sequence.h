@@ -74,7 +74,7 @@ class Sequence {
   const T* value(int64_t j) const { return entry(p_.kv.value, p_.kv.value_block_stride, j); }
 
  private:
-  bool paged() const { return p_.kv.block_table != nullptr; }
+  bool paged() const { return p_.kv.cu_seqlens == nullptr; }  // an empty table is null too
 
   const T* entry(const HeadRows& tensor, int64_t block_stride, int64_t j) const {
     int64_t offset = (first_key_ + j) * tensor.row_stride;
