@@ -117,10 +117,12 @@ class ForwardTask {
       for_each_vector<Acc>(p_.head_dim, [&](int64_t d, auto lanes) {
         store_lanes(out + d, load<Acc>(sum + d) * inverse, lanes);
       });
+      // In double: at lse = 8 each rounding to fp32 costs as much as the whole sum.
+      const double shift = max_[r] * scale_.factor;
       static_cast<Acc*>(p_.lse)[seq_.head_major(row0_ + r)] =
           denominator_[r] == 0
               ? kNothing
-              : (max_[r] * scale_.factor + std::log2(denominator_[r])) * std::numbers::ln2_v<Acc>;
+              : static_cast<Acc>((shift + std::log2(double{denominator_[r]})) * std::numbers::ln2);
     }
   }
 

@@ -64,12 +64,11 @@ class BackwardTask {
   }
 
  private:
-  // lse in the exponent's base, +inf where the row saw nothing so that its weights are 0; delta =
+  // lse, but +inf where the row saw nothing so that its weights are 0; delta =
   // sum(grad_out * out) - grad_lse, what the softmax takes off every score's gradient.
   void prepare_row(int64_t r) {
     const Acc lse = static_cast<const Acc*>(p_.lse)[seq_.head_major(r)];
-    lse_[r] =
-        lse == -std::numeric_limits<Acc>::infinity() ? -lse : lse * std::numbers::log2e_v<Acc>;
+    lse_[r] = lse == -std::numeric_limits<Acc>::infinity() ? -lse : lse;
     const T* out = static_cast<const T*>(p_.out) + seq_.token_major(r) * p_.head_dim;
     const T* grad_out = seq_.at(bwd_.grad_out, r);
     Vec total{};
@@ -138,9 +137,10 @@ class BackwardTask {
   // scores -> weights exp(scale * score - lse); grad_weights -> weights * (grad_weights - delta),
   // the gradient of the scaled scores.
   void softmax_row(int64_t row, int64_t columns, Acc* weights, Acc* grad) {
-    const Acc factor = scale_.factor * scale_.sign;
+    const Acc scale = static_cast<Acc>(p_.softmax_scale);
     for (int64_t j = 0; j < columns; j += kWidth) {
-      const Vec weight = exp2_nonpositive<Acc>(load<Acc>(weights + j) * factor - lse_[row]);
+      const Vec weight = exp2_nonpositive<Acc>((load<Acc>(weights + j) * scale - lse_[row]) *
+                                               std::numbers::log2e_v<Acc>);
       store<Acc>(weights + j, weight);
       store<Acc>(grad + j, weight * (load<Acc>(grad + j) - delta_[row]));
     }
