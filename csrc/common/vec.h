@@ -202,6 +202,11 @@ inline void store_lanes(T* to, vec_t<accumulate_t<T>> x, int64_t count) {
 
 template <typename A>
 inline A sum_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_add_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {
@@ -225,6 +230,11 @@ inline vec_t<A> max(vec_t<A> a, vec_t<A> b) {
 
 template <typename A>
 inline A max_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_max_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {
