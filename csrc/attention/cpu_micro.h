@@ -42,7 +42,8 @@ struct MicroKernel {
   static constexpr int64_t kDepthBlock = 128;  // of a panel, stays in L1
 
   // c[rows, columns] (+)= a[rows, depth] b[depth, columns]; columns a multiple of
-  // the vector's lanes. An element's sum runs over depth in order, whatever the tile around it.
+  // the vector's lanes. An element's sum runs over
+  // depth in order, whatever the tile around it, and block by block: a long sum of short ones.
   template <bool kAccumulate>
   static void multiply(int64_t rows, int64_t columns, int64_t depth, Rows<Acc> a, Panels<Acc> b,
                        Acc* c, int64_t c_stride) {
@@ -68,12 +69,7 @@ struct MicroKernel {
   static void micro(Rows<Acc> a, const Acc* b, int64_t b_stride, int64_t depth, Acc* c,
                     int64_t c_stride, bool accumulate) {
     constexpr int kWidth = kLanes<Acc>;
-    vec_t<Acc> sum[kTall][kVectors];
-    for (int r = 0; r < kTall; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum[r][v] = accumulate ? load<Acc>(c + r * c_stride + v * kWidth) : vec_t<Acc>{};
-      }
-    }
+    vec_t<Acc> sum[kTall][kVectors] = {};
     for (int64_t k = 0; k < depth; ++k) {
       vec_t<Acc> right[kVectors];
 #pragma GCC unroll 4
@@ -91,7 +87,8 @@ struct MicroKernel {
     }
     for (int r = 0; r < kTall; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        store<Acc>(c + r * c_stride + v * kWidth, sum[r][v]);
+        Acc* to = c + r * c_stride + v * kWidth;
+        store<Acc>(to, accumulate ? load<Acc>(to) + sum[r][v] : sum[r][v]);
       }
     }
   }
