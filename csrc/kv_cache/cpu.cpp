@@ -45,15 +45,18 @@ struct DenseLanes {
     for (int64_t lane = 0; lane < cache_seqlens.size(0); ++lane) {
       const int64_t added = p.cu_seqlens[lane + 1] - p.cu_seqlens[lane];
       const int64_t begin = p.cache_seqlens[lane], end = begin + added;
-      check.require(begin >= 0 && end <= capacity, "cache_seqlens",
-                    str("in [0, ", capacity, " - ", added, " new] at lane ", lane,
-                        " of capacity max_blocks * block_size = ", capacity),
-                    begin);
-      for (int64_t i = begin / block_size_; i * block_size_ < end; ++i) {
+      if (begin < 0 || end > capacity) {
+        check.fail("cache_seqlens",
+                   str("in [0, ", capacity, " - ", added, " new] at lane ", lane,
+                       ", whose capacity is max_blocks * block_size = ", capacity),
+                   begin);
+      }
+      for (int64_t i = begin / block_size_; added > 0 && i * block_size_ < end; ++i) {
         const int32_t block = p.block_table[lane * p.max_blocks + i];
-        check.require(added == 0 || (block >= 0 && block < key_cache.size(0)), "block_table",
-                      str("in [0, ", key_cache.size(0), ") where a token is written"),
-                      str(block, " at [", lane, ", ", i, "]"));
+        if (block < 0 || block >= key_cache.size(0)) {
+          check.fail("block_table", str("in [0, ", key_cache.size(0), ") where a token is written"),
+                     str(block, " at lane ", lane, ", block ", i));
+        }
       }
     }
   }
@@ -71,14 +74,6 @@ struct DenseLanes {
   Tensor block_table_, cache_seqlens_, cu_seqlens_;
 };
 
-using Arguments = std::initializer_list<std::pair<const char*, const Tensor*>>;
-
-void check_on_cpu(const Checks& check, Arguments arguments) {
-  for (const auto& [name, tensor] : arguments) {
-    check.on_cpu(name, *tensor);
-  }
-}
-
 Tensor new_like(const Tensor& x) {
   return new_tensor(x, {x.size(0), x.size(1), x.size(2)});
 }
@@ -86,14 +81,11 @@ Tensor new_like(const Tensor& x) {
 std::tuple<Tensor, Tensor> rotary(const Tensor& query, const Tensor& key, const Tensor& cos,
                                   const Tensor& sin, const Tensor& positions) {
   const Checks check("rotary");
-  check_on_cpu(
-      check,
-      {{"query", &query}, {"key", &key}, {"cos", &cos}, {"sin", &sin}, {"positions", &positions}});
   check_rotary(check, query, key, cos, sin, positions);
   const DenseTable table(check, query, cos, sin, positions);
 
   const Tensor rows_q = dense_inner(query, 1), rows_k = dense_inner(key, 1);
-  Tensor query_out = new_like(query), key_out = empty_like(key);
+  Tensor query_out = new_like(query), key_out = new_like(key);
   cpu::rotary({.query = heads_of(rows_q),
                .key = heads_of(rows_k),
                .query_out = query_out.mutable_data_ptr(),
@@ -109,13 +101,6 @@ void kv_append(const Tensor& key, const Tensor& value, const Tensor& key_cache,
                const Tensor& value_cache, const Tensor& block_table, const Tensor& cache_seqlens,
                const Tensor& cu_seqlens) {
   const Checks check("kv_append");
-  check_on_cpu(check, {{"key", &key},
-                       {"value", &value},
-                       {"key_cache", &key_cache},
-                       {"value_cache", &value_cache},
-                       {"block_table", &block_table},
-                       {"cache_seqlens", &cache_seqlens},
-                       {"cu_seqlens", &cu_seqlens}});
   check_append(check, key, value, key_cache, value_cache, block_table, cache_seqlens, cu_seqlens);
   const DenseLanes lanes(check, key_cache, key.size(0), block_table, cache_seqlens, cu_seqlens);
 
@@ -136,17 +121,6 @@ Tensor rotary_kv_append(const Tensor& query, const Tensor& key, const Tensor& va
                         const Tensor& block_table, const Tensor& cache_seqlens,
                         const Tensor& cu_seqlens) {
   const Checks check("rotary_kv_append");
-  check_on_cpu(check, {{"query", &query},
-                       {"key", &key},
-                       {"value", &value},
-                       {"cos", &cos},
-                       {"sin", &sin},
-                       {"positions", &positions},
-                       {"key_cache", &key_cache},
-                       {"value_cache", &value_cache},
-                       {"block_table", &block_table},
-                       {"cache_seqlens", &cache_seqlens},
-                       {"cu_seqlens", &cu_seqlens}});
   check_rotary(check, query, key, cos, sin, positions);
   check_append(check, key, value, key_cache, value_cache, block_table, cache_seqlens, cu_seqlens);
   const DenseTable table(check, query, cos, sin, positions);
