@@ -61,7 +61,10 @@ inline void cache(const Checks& check, const char* argument, const Tensor& cache
   check.require(cache.size(1) > 0, argument, "of block_size >= 1", shape_str(cache));
   const bool dense_entries = (cache.size(3) == 1 || cache.stride(3) == 1) &&
                              (cache.size(2) == 1 || cache.stride(2) == cache.size(3));
-  check.require(dense_entries, argument, "contiguous in its last two dimensions", "other strides");
+  if (!dense_entries) {
+    check.fail(argument, "contiguous in its last two dimensions",
+               str("strides ", cache.stride(2), " and ", cache.stride(3)));
+  }
   const bool expanded =
       (cache.size(0) > 1 && cache.stride(0) == 0) || (cache.size(1) > 1 && cache.stride(1) == 0);
   check.require(!expanded, argument, "of distinct elements", "an expanded tensor");
