@@ -1,6 +1,7 @@
 """rotary, kv_append and rotary_kv_append against the reference, and what they must not touch."""
 
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,6 +74,11 @@ def append_inputs(
     cache = Cache(held, new, dtype, **sizes)
     shape = (sum(new), *cache.key_cache.shape[2:])
     return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), cache
+
+
+def assert_all_equal(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert torch.equal(a, e), f"tensor {i}"
 
 
 # ---- rotary ----
@@ -200,8 +206,7 @@ def test_kv_append_equals_the_reference(
     expected = cache.cloned()
     reference_ops.kv_append(key, value, *expected)
     ops.kv_append(key, value, *cache.arguments())
-    for actual, wanted in zip(cache.arguments(), expected, strict=True):  # neighbours included
-        assert torch.equal(actual, wanted)
+    assert_all_equal(cache.arguments(), expected)  # neighbours included
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -256,15 +261,14 @@ def test_kv_append_of_expanded_inputs(seed: int) -> None:
     expected = cache.cloned()
     reference_ops.kv_append(key, value, *expected)
     ops.kv_append(key, value, *cache.arguments())
-    assert torch.equal(cache.key_cache, expected[0])
-    assert torch.equal(cache.value_cache, expected[1])
+    assert_all_equal(cache.arguments(), expected)
 
 
 def test_kv_append_without_lanes() -> None:
     key, value, cache = append_inputs([], [])
     before = cache.cloned()
     ops.kv_append(key, value, *cache.arguments())
-    assert torch.equal(cache.key_cache, before[0])
+    assert_all_equal(cache.arguments(), before)
 
 
 # ---- rotary_kv_append ----
@@ -282,8 +286,7 @@ def test_rotary_kv_append_is_rotary_then_kv_append(
     ops.kv_append(rotated_key, value, *expected)
     actual = ops.rotary_kv_append(query, key, value, *rest, *cache.arguments())
     assert torch.equal(actual, rotated)
-    for after, wanted in zip(cache.arguments(), expected, strict=True):
-        assert torch.equal(after, wanted)
+    assert_all_equal(cache.arguments(), expected)
 
 
 def test_rotary_kv_append_under_autocast(seed: int) -> None:
@@ -346,8 +349,7 @@ def test_compiled_append_mutates_its_caches(seed: int) -> None:
     expected = op(*expected_arguments)
     actual = torch.compile(op, fullgraph=True)(*arguments)
     assert torch.equal(actual, expected)
-    for a, e in zip(arguments, expected_arguments, strict=True):
-        assert torch.equal(a, e)
+    assert_all_equal(arguments, expected_arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -366,7 +368,7 @@ def test_bitwise_the_same_for_every_number_of_threads(dtype: torch.dtype, seed: 
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+        assert_all_equal(result, results[0])
 
 
 def test_concurrent_calls(seed: int) -> None:
@@ -386,8 +388,7 @@ def test_concurrent_calls(seed: int) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(append, range(8)))
-    assert torch.equal(cache.key_cache, expected[0])
-    assert torch.equal(cache.value_cache, expected[1])
+    assert_all_equal(cache.arguments(), expected)
 
 
 def test_inputs_are_not_changed(seed: int) -> None:
@@ -502,9 +503,8 @@ def test_bad_input(op: str, argument: str, value: Tensor, rule: str, got: str) -
     arguments = {a.name: valid_arguments()[a.name] for a in schema.arguments}
     getattr(ops, op)(**arguments)  # the others are right, so the message is about this one
     arguments[argument] = value
-    before = {name: t.clone() for name, t in arguments.items()}
+    before = [t.clone() for t in arguments.values()]
     message = f"mor::{op}: {argument} must be {rule}, got {got}"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         getattr(ops, op)(**arguments)
-    for name, tensor in arguments.items():
-        assert torch.equal(tensor, before[name]), name
+    assert_all_equal(arguments.values(), before)
