@@ -120,29 +120,14 @@ def test_rotary_of_strided_inputs(seed: int) -> None:
     query, key = fused[:, :4], fused[:, 4:6]
     cos, sin = (torch.cat([t, t], dim=1) for t in table_of(64))  # the layout of Hugging Face
     positions = torch.arange(42).int()
+    heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key)]
+    expanded = [query[:1].expand(21, -1, -1), key[:, :1].expand(-1, 2, -1)]
+    sparse = [query[..., ::2], key[..., ::2], cos[:, :32:2], sin[:, :32:2]]
     layouts = {
         "slices of a projection": (query, key, cos[:, :32], sin[:, :32], positions[::2]),
-        "heads first": (
-            query.transpose(0, 1).contiguous().transpose(0, 1),
-            key.transpose(0, 1).contiguous().transpose(0, 1),
-            cos[:, 32:],
-            sin[:, 32:],
-            positions[1::2],
-        ),
-        "strided head_dim": (
-            query[..., ::2],
-            key[..., ::2],
-            cos[:, :32:2],
-            sin[:, :32:2],
-            positions[:21],
-        ),
-        "expanded": (
-            query[:1].expand(21, -1, -1),
-            key[:, :1].expand(-1, 2, -1),
-            cos[:, :32],
-            sin[:1, :32].expand(MAX_POSITIONS, -1),
-            positions[:1].expand(21),
-        ),
+        "heads first": (*heads_first, cos[:, 32:], sin[:, 32:], positions[1::2]),
+        "expanded": (*expanded, cos[:1, :32].expand(42, -1), sin[:42, :32], positions[:21]),
+        "strided head_dim": (*sparse, positions[:1].expand(21)),
     }
     for name, inputs in layouts.items():
         expected = ops.rotary(*(t.contiguous() for t in inputs))
