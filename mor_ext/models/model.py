@@ -118,6 +118,9 @@ class MoRForCausalLM(nn.Module):
             lengths = [input_ids.shape[1]] * input_ids.shape[0]
         if sum(lengths) != input_ids.numel():
             raise ValueError(f"lengths must add up to {input_ids.numel()}, got {sum(lengths)}")
+        limit = self.config.max_position_embeddings
+        if max(lengths, default=0) > limit:
+            raise ValueError(f"lengths must be at most {limit}, got {max(lengths)}")
         return lengths
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -173,7 +176,7 @@ def _router(config: MoRConfig) -> Router:
 
 
 def _rotary_tables(config: MoRConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of ``position * theta ** (-2 i / head_dim)``: ``[max_positions, head_dim / 2]``."""
+    """cos, sin ``[max_positions, head_dim / 2]`` of ``position * theta ** (-2 i / head_dim)``."""
     assert config.head_dim is not None
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     position = torch.arange(config.max_position_embeddings, dtype=torch.float64)

@@ -82,7 +82,7 @@ class PackedView:
             self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, [k, kv_heads, head_dim]
         else:
             self.seen = first.active
-            self.key_limit = rank_among(active, first.active) + 1
+            self.key_limit = shared_key_limit(active, first.active)
             self.kv = first.kv
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
@@ -106,17 +106,19 @@ class PackedView:
         return out
 
 
-def rank_among(active: Tokens, first: Tokens) -> Tensor:
-    """int32 ``[k]``: the place of each active token in its sequence's list of ``first`` tokens.
+def shared_key_limit(active: Tokens, first: Tokens, past: Tensor | None = None) -> Tensor:
+    """int32 ``[k]``: how many K/V of depth 1 each active token sees, its own the last of them.
 
-    Both are ascending rows of the same batch, and active tokens are among the first ones. Where
-    every token is active at depth 1 this is the position in the sequence.
+    ``first`` are the tokens active at depth 1; the active ones are among them, and ``past`` (int32
+    ``[batch]``) more are cached before. With every token active at depth 1 and nothing cached
+    this is the position + 1.
     """
-    if first.index is None:
-        row = torch.arange(active.total, dtype=torch.int32, device=active.cu_seqlens.device)
-        row = row if active.index is None else active.index
+    if active.index is None:
+        row = torch.arange(active.total, dtype=torch.int32, device=active.positions.device)
+    elif first.index is None:
+        row = active.index
     else:
-        assert active.index is not None
         row = torch.searchsorted(first.index, active.index, out_int32=True)
     sequence = torch.searchsorted(first.cu_seqlens, row, right=True) - 1
-    return row - first.cu_seqlens[sequence]
+    limit = row - first.cu_seqlens[sequence] + 1
+    return limit if past is None else limit + past[sequence]
