@@ -84,14 +84,28 @@ std::string str(const Parts&... parts) {
   return out.str();
 }
 
-inline std::string shape_str(const Tensor& tensor) {
-  std::ostringstream out;
+// Prints as "shape [2, 3]"; spelt out only if a check fails.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+inline ShapeOf shape_str(const Tensor& tensor) {
+  return {tensor};
+}
+
+inline std::ostream& operator<<(std::ostream& out, const ShapeOf& shape) {
   out << "shape [";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    out << (d ? ", " : "") << tensor.size(d);
+  for (int64_t d = 0; d < shape.tensor.dim(); ++d) {
+    out << (d ? ", " : "") << shape.tensor.size(d);
   }
-  out << "]";
-  return out.str();
+  return out << "]";
+}
+
+inline std::string device_str(const Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    return "cpu";
+  }
+  return tensor.is_cuda() ? str("cuda:", tensor.get_device_index()) : "another device";
 }
 
 inline const char* dtype_str(ScalarType dtype) {
@@ -120,11 +134,16 @@ class Checks {
  public:
   explicit Checks(const char* op) : op_(op) {}
 
-  template <typename Got>
-  void require(bool ok, const char* argument, const std::string& rule, const Got& got) const {
+  template <typename Rule, typename Got>
+  void require(bool ok, const char* argument, const Rule& rule, const Got& got) const {
     if (!ok) {
-      throw std::runtime_error(str("mor::", op_, ": ", argument, " must be ", rule, ", got ", got));
+      fail(argument, rule, got);
     }
+  }
+
+  template <typename Rule, typename Got>
+  [[noreturn]] void fail(const char* argument, const Rule& rule, const Got& got) const {
+    throw std::runtime_error(str("mor::", op_, ": ", argument, " must be ", rule, ", got ", got));
   }
 
   void floating(const char* argument, const Tensor& tensor) const {
@@ -145,7 +164,9 @@ class Checks {
   }
 
   void dims(const char* argument, const Tensor& tensor, int64_t expected) const {
-    require(tensor.dim() == expected, argument, str(expected, "-dimensional"), shape_str(tensor));
+    if (tensor.dim() != expected) {
+      fail(argument, str(expected, "-dimensional"), shape_str(tensor));
+    }
   }
 
   // sizes: the expected shape; -1 stands for any size. rule: how the shape is written in the docs.
@@ -157,11 +178,19 @@ class Checks {
       ok = ok && (size == -1 || tensor.size(d) == size);
       ++d;
     }
-    require(ok, argument, str("of shape ", rule), shape_str(tensor));
+    if (!ok) {
+      fail(argument, str("of shape ", rule), shape_str(tensor));
+    }
   }
 
   void on_cpu(const char* argument, const Tensor& tensor) const {
     require(tensor.is_cpu(), argument, "on the CPU like the other arguments", "another device");
+  }
+
+  void same_device(const char* argument, const Tensor& tensor, const Tensor& like) const {
+    if (tensor.device() != like.device()) {
+      fail(argument, str("on ", device_str(like), " like the first argument"), device_str(tensor));
+    }
   }
 
   // An int32 vector [size] on the CPU (-1: any size).
@@ -177,20 +206,24 @@ class Checks {
                   int64_t total) const {
     require(cu_seqlens[0] == 0, argument, "0 in its first element", cu_seqlens[0]);
     for (int64_t b = 0; b < batch; ++b) {
-      require(cu_seqlens[b + 1] >= cu_seqlens[b], argument, "non-decreasing",
-              str(cu_seqlens[b], " then ", cu_seqlens[b + 1], " at element ", b + 1));
+      if (cu_seqlens[b + 1] < cu_seqlens[b]) {
+        fail(argument, "non-decreasing",
+             str(cu_seqlens[b], " then ", cu_seqlens[b + 1], " at element ", b + 1));
+      }
     }
-    require(cu_seqlens[batch] == total, argument, str(total, " in its last element"),
-            cu_seqlens[batch]);
+    if (cu_seqlens[batch] != total) {
+      fail(argument, str(total, " in its last element"), cu_seqlens[batch]);
+    }
   }
 
   // Elements of a contiguous index in [low, high).
   void within(const char* argument, const int32_t* values, int64_t count, int64_t low,
               int64_t high) const {
     for (int64_t i = 0; i < count; ++i) {
-      require(values[i] >= low && values[i] < high, argument,
-              str("in [", low, ", ", high, ") in every element"),
-              str(values[i], " at element ", i));
+      if (values[i] < low || values[i] >= high) {
+        fail(argument, str("in [", low, ", ", high, ") in every element"),
+             str(values[i], " at element ", i));
+      }
     }
   }
 
