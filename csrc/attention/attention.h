@@ -4,9 +4,15 @@
 
 #include <cmath>
 
+#include "attention/params.h"
+#include "common/cpu_isa.h"
 #include "torch_abi.h"
 
 namespace mor {
+
+MOR_DECLARE_CPU_KERNEL(attention, AttentionParams)
+MOR_DECLARE_CPU_KERNEL(attention_bwd, AttentionBwdParams)
+
 namespace attention_checks {
 
 // Query, key or value: `like`'s dtype and device.

@@ -25,9 +25,10 @@ inline constexpr int64_t kChunkBytes = 256 << 10;  // of a task's output accumul
 template <typename Acc>
 struct ScoreScale {
   explicit ScoreScale(double scale)
-      : sign(scale > 0 ? Acc{1} : scale < 0 ? Acc{-1} : Acc{0}),
-        factor(scale == 0 ? Acc{1}
-                          : static_cast<Acc>(std::abs(scale) * std::numbers::log2e)) {}
+      : sign(scale > 0   ? Acc{1}
+             : scale < 0 ? Acc{-1}
+                         : Acc{0}),
+        factor(scale == 0 ? Acc{1} : static_cast<Acc>(std::abs(scale) * std::numbers::log2e)) {}
   Acc sign, factor;
 };
 
@@ -117,9 +118,9 @@ class ForwardTask {
         store_lanes(out + d, load<Acc>(sum + d) * inverse, lanes);
       });
       static_cast<Acc*>(p_.lse)[seq_.head_major(row0_ + r)] =
-          denominator_[r] == 0 ? kNothing
-                               : (max_[r] * scale_.factor + std::log2(denominator_[r])) *
-                                     std::numbers::ln2_v<Acc>;
+          denominator_[r] == 0
+              ? kNothing
+              : (max_[r] * scale_.factor + std::log2(denominator_[r])) * std::numbers::ln2_v<Acc>;
     }
   }
 
@@ -151,8 +152,8 @@ class ForwardTask {
     const Acc shift = new_max == kNothing ? Acc{0} : new_max * scale_.factor;
     Vec total{};
     for (int64_t j = 0; j < columns; j += kWidth) {
-      const Vec weight = exp2_nonpositive<Acc, Gemm::kExp2Degree>(
-          load<Acc>(scores + j) * scale_.factor - shift);
+      const Vec weight =
+          exp2_nonpositive<Acc, Gemm::kExp2Degree>(load<Acc>(scores + j) * scale_.factor - shift);
       total += weight;
       Gemm::store_weights(weights + j, weight);
     }

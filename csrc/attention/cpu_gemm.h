@@ -39,9 +39,9 @@ struct FmaGemm {
   static constexpr int kMicroRows = 6;  // kMicroRows * kPanelVectors accumulators in registers
   static constexpr int kPanel = kPanelVectors * kLanes<Acc>;
   static constexpr int kTileRows = 4 * kMicroRows;
-  static constexpr int kDepthMultiple = 1;         // padding of a product's depth
+  static constexpr int kDepthMultiple = 1;             // padding of a product's depth
   static constexpr int kColumnMultiple = kLanes<Acc>;  // padding of a product's columns
-  static constexpr int64_t kDepthBlock = 128;      // so that a panel's block stays in L1
+  static constexpr int64_t kDepthBlock = 128;          // so that a panel's block stays in L1
 
   // One row of head_dim elements to packed elements, times factor, zero up to padded.
   static void pack_row(const T* from, int64_t head_dim, int64_t padded, Acc factor, In* to) {
@@ -82,8 +82,7 @@ struct FmaGemm {
 
   // Rows as the depth of a right-hand matrix (V in P V, K in dS K).
   template <typename RowAt>
-  static Panels<In> pack_depth(RowAt row, int64_t count, int64_t head_dim, int64_t padded,
-                               In* to) {
+  static Panels<In> pack_depth(RowAt row, int64_t count, int64_t head_dim, int64_t padded, In* to) {
     for (int64_t j = 0; j < count; ++j) {
       pack_row(row(j), head_dim, padded, Acc{1}, to + j * padded);
     }

@@ -16,7 +16,9 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-inline int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+inline int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 template <typename T>
 class Sequence {
@@ -44,8 +46,8 @@ class Sequence {
 
   // How many keys a row sees.
   int64_t limit(int64_t row) const {
-    const int64_t limit = p_.key_limit != nullptr ? p_.key_limit[token(row)]
-                                                  : keys_ - tokens_ + row / group_ + 1;
+    const int64_t limit =
+        p_.key_limit != nullptr ? p_.key_limit[token(row)] : keys_ - tokens_ + row / group_ + 1;
     return std::clamp<int64_t>(limit, 0, keys_);
   }
 
