@@ -31,14 +31,15 @@ def attention_peers(
     functions: dict[str, Callable[..., Tensor]],
     backward: bool,
 ) -> dict[str, Callable[[], Any]]:
-    """Ours over packed tensors, the others over padded ones; results as ours."""
+    """Ours over packed tensors, the others over padded ones; results are views ordered as ours."""
     ours = differentiable_peers({OURS: functions.pop(OURS)}, packed, backward)
-    theirs = differentiable_peers(functions, [padded(x, batch) for x in packed], backward)
-
-    def as_packed(result: Any) -> Any:
-        return [x.transpose(1, 2) for x in ([result] if isinstance(result, Tensor) else result)]
-
-    return ours | {name: lambda f=f: as_packed(f()) for name, f in theirs.items()}
+    by_length = {name: lambda *x, f=f: f(*x).transpose(1, 2) for name, f in functions.items()}
+    theirs = differentiable_peers(by_length, [padded(x, batch) for x in packed], backward)
+    if not backward:
+        return ours | theirs
+    return ours | {
+        name: lambda f=f: [grad.transpose(1, 2) for grad in f()] for name, f in theirs.items()
+    }
 
 
 @lru_cache(1)
@@ -142,7 +143,7 @@ def paged_case(
 ) -> Case:
     """Lanes between half full and full; each asks with its last `new` tokens."""
     head_dim, lane_blocks = 64, longest // BLOCK
-    lengths = torch.linspace(longest // 2, longest, lanes).int()
+    lengths = torch.linspace(longest, longest // 2, lanes).int()
     block_table = torch.randperm(lanes * lane_blocks).view(lanes, lane_blocks).int()
     keys, values = torch.randn(2, lanes * lane_blocks, BLOCK, kv_heads, head_dim, dtype=dtype)
     query = torch.randn(lanes * new, heads, head_dim, dtype=dtype)
