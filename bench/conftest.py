@@ -12,6 +12,8 @@ import torch
 
 import mor_ext
 
+LOAD = os.getloadavg()[0]  # before the benches add theirs
+
 
 @pytest.fixture
 def measure(benchmark: Any) -> Callable[[harness.Case, str], None]:
@@ -24,6 +26,7 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         torch=torch.__version__,
         mor_ext=mor_ext.build_info(),
         threads=torch.get_num_threads(),
+        load_average=LOAD,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         mor_cpu_capability=os.environ.get("MOR_CPU_CAPABILITY", "best"),
         allocator={

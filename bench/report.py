@@ -96,7 +96,7 @@ def conditions(report: dict[str, Any]) -> str:
         f"- {line}"
         for line in (
             f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['threads']} "
-            f"threads; torch runs its {machine['cpu_capability']} kernels, mor_ext its "
+            f"threads, load average {machine['load_average']:.1f} at the start; torch runs its {machine['cpu_capability']} kernels, mor_ext its "
             f"{machine['mor_cpu_capability']} ones",
             f"torch {machine['torch']}, Python {machine['python_version']}, "
             f"{machine['mor_ext']['compiler']}",
