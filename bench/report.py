@@ -96,8 +96,8 @@ def conditions(report: dict[str, Any]) -> str:
         f"- {line}"
         for line in (
             f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['threads']} "
-            f"threads, load average {machine['load_average']:.1f} at the start; torch runs its {machine['cpu_capability']} kernels, mor_ext its "
-            f"{machine['mor_cpu_capability']} ones",
+            f"threads, load average {machine['load_average']:.1f} at the start",
+            f"kernels: torch {machine['cpu_capability']}, mor_ext {machine['mor_cpu_capability']}",
             f"torch {machine['torch']}, Python {machine['python_version']}, "
             f"{machine['mor_ext']['compiler']}",
             f"allocator: {allocator['libc']}, {settings or 'default settings'}",
