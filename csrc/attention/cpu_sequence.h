@@ -12,10 +12,6 @@
 
 namespace mor::MOR_ISA {
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 inline int64_t ceil_div(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
@@ -74,7 +70,8 @@ class Sequence {
   const T* value(int64_t j) const { return entry(p_.kv.value, p_.kv.value_block_stride, j); }
 
  private:
-  bool paged() const { return p_.kv.cu_seqlens == nullptr; }  // an empty table is null too
+  // The table may be empty, and its pointer null.
+  bool paged() const { return p_.kv.cu_seqlens == nullptr; }
 
   const T* entry(const HeadRows& tensor, int64_t block_stride, int64_t j) const {
     int64_t offset = (first_key_ + j) * tensor.row_stride;
