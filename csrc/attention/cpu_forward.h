@@ -49,6 +49,9 @@ class ForwardTask {
   using Vec = vec_t<Acc>;
   static constexpr int64_t kWidth = kLanes<Acc>;
   static constexpr int64_t kKeyBlock = Gemm::kKeyBlock;
+  // Rows of a tile a cache line more than a power of two apart: no two share their cache sets.
+  static constexpr int64_t kScoreStride = kKeyBlock + 64 / sizeof(Acc);
+  static constexpr int64_t kWeightStride = kKeyBlock + 64 / sizeof(In);
   static constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
 
  public:
@@ -64,15 +67,15 @@ class ForwardTask {
     thread_local Scratch scratch;
     scratch.reset(Scratch::bytes_for<In>(padded_rows * padded_) +
                   Scratch::bytes_for<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_) * 2 +
-                  Scratch::bytes_for<Acc>(Gemm::kTileRows * kKeyBlock) +
-                  Scratch::bytes_for<In>(Gemm::kTileRows * kKeyBlock) +
+                  Scratch::bytes_for<Acc>(Gemm::kTileRows * kScoreStride) +
+                  Scratch::bytes_for<In>(Gemm::kTileRows * kWeightStride) +
                   Scratch::bytes_for<Acc>(padded_rows * padded_) +
                   Scratch::bytes_for<Acc>(padded_rows) * 2);
     query_ = scratch.take<In>(padded_rows * padded_);
     key_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
     value_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
-    scores_ = scratch.take<Acc>(Gemm::kTileRows * kKeyBlock);
-    weights_ = scratch.take<In>(Gemm::kTileRows * kKeyBlock);
+    scores_ = scratch.take<Acc>(Gemm::kTileRows * kScoreStride);
+    weights_ = scratch.take<In>(Gemm::kTileRows * kWeightStride);
     sum_ = scratch.take<Acc>(padded_rows * padded_);
     max_ = scratch.take<Acc>(padded_rows);
     denominator_ = scratch.take<Acc>(padded_rows);
@@ -132,15 +135,15 @@ class ForwardTask {
     // Columns past the keys count as unseen ones: their scores are masked, their weights are 0.
     const int64_t columns = round_up(keys, std::max(Gemm::kColumnMultiple, Gemm::kDepthMultiple));
     Gemm::template multiply<false>(tile_rows, columns, padded_, {query_ + r * padded_, padded_},
-                                   key, scores_, kKeyBlock);
+                                   key, scores_, kScoreStride);
     if (columns > keys || seq_.limit(row0_ + r) < key0 + keys) {
-      mask_scores(seq_, row0_ + r, tile_rows, key0, columns, kNothing, scores_, kKeyBlock);
+      mask_scores(seq_, row0_ + r, tile_rows, key0, columns, kNothing, scores_, kScoreStride);
     }
     for (int64_t i = 0; i < tile_rows; ++i) {
-      softmax_row(r + i, columns, scores_ + i * kKeyBlock, weights_ + i * kKeyBlock);
+      softmax_row(r + i, columns, scores_ + i * kScoreStride, weights_ + i * kWeightStride);
     }
     const int64_t depth = round_up(keys, Gemm::kDepthMultiple);
-    Gemm::template multiply<true>(tile_rows, padded_, depth, {weights_, kKeyBlock}, value,
+    Gemm::template multiply<true>(tile_rows, padded_, depth, {weights_, kWeightStride}, value,
                                   sum_ + r * padded_, padded_);
   }
 
