@@ -56,7 +56,7 @@ def goals(group: Group) -> list[tuple[str, str, str, bool]]:
             rows.append((name(group), f">= {least:g}x {peer}", f"{got:.2f}x", got >= least))
         most = entry["extra_info"].get("largest_share")
         if most:
-            share = entry["extra_info"]["routing_share"]
+            share = sum(entry["extra_info"]["routing_shares"].values())
             text = f"routing, gather, scatter <= {most:.0%} of the step"
             rows.append((name(group), text, f"{share:.2%}", share <= most))
     return rows
