@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(mor, m) {
   m.def("scatter_tokens(Tensor x, Tensor update, Tensor index, Tensor? gate) -> Tensor");
   m.def("scatter_tokens_(Tensor(a!) x, Tensor update, Tensor index, Tensor? gate) -> ()");
   m.def(
-      "scatter_tokens_bwd(Tensor grad, Tensor update, Tensor index, Tensor? gate) -> "
+      "scatter_tokens_bwd(Tensor grad, Tensor index, Tensor? update, Tensor? gate) -> "
       "(Tensor grad_update, Tensor grad_gate)");
   m.def(
       "gather_rms_norm(Tensor x, Tensor index, Tensor weight, float eps) -> "

@@ -51,6 +51,11 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+// The dtype that arithmetic on the tensor's elements happens in.
+inline ScalarType accumulate_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // An uninitialised tensor on the device of like, of like's dtype unless another is given.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
@@ -157,6 +162,15 @@ class Checks {
   void dtype(const char* argument, const Tensor& tensor, ScalarType expected) const {
     require(tensor.scalar_type() == expected, argument, dtype_str(expected),
             dtype_str(tensor.scalar_type()));
+  }
+
+  // For factors on data: gates, biases, norm weights.
+  void factor_dtype(const char* argument, const Tensor& tensor, const Tensor& data) const {
+    const ScalarType own = data.scalar_type(), got = tensor.scalar_type();
+    if (got != ScalarType::Float && got != own) {
+      fail(argument, own == ScalarType::Float ? "float32" : str("float32 or ", dtype_str(own)),
+           dtype_str(got));
+    }
   }
 
   void int32(const char* argument, const Tensor& tensor) const {

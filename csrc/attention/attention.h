@@ -13,6 +13,15 @@ namespace mor {
 MOR_DECLARE_CPU_KERNEL(attention, AttentionParams)
 MOR_DECLARE_CPU_KERNEL(attention_bwd, AttentionBwdParams)
 
+#if defined(__x86_64__)
+namespace avx512_bf16 {
+void attention_bf16(const AttentionParams&);
+}
+namespace amx {
+void attention_bf16(const AttentionParams&);
+}
+#endif
+
 namespace attention_checks {
 
 // Query, key or value: `like`'s dtype and device.

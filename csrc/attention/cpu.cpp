@@ -45,6 +45,18 @@ AttentionParams query_params(const Tensor& query, int64_t kv_heads, const int32_
   return p;
 }
 
+void forward(const AttentionParams& p) {
+#if defined(__x86_64__)
+  if (p.dtype == DType::kBFloat16 && cpu_isa() == CpuIsa::amx) {
+    return amx::attention_bf16(p);
+  }
+  if (p.dtype == DType::kBFloat16 && cpu_isa() == CpuIsa::avx512_bf16) {
+    return avx512_bf16::attention_bf16(p);
+  }
+#endif
+  cpu::attention(p);
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                      const std::optional<Tensor>& key_limit, int64_t max_seqlen_q,
@@ -62,7 +74,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   p.kv.cu_seqlens = indices(cu_seqlens_k);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  cpu::attention(p);
+  forward(p);
   return {out, lse};
 }
 
@@ -122,7 +134,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& ke
   p.kv.value_block_stride = v.stride(0);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  cpu::attention(p);
+  forward(p);
   return {out, lse};
 }
 

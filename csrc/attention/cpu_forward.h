@@ -17,7 +17,6 @@
 
 namespace mor::MOR_ISA {
 
-inline constexpr int64_t kKeyBlock = 256;
 inline constexpr int64_t kChunkBytes = 256 << 10;  // of a task's output accumulators
 
 // A factor for scores s so that exp2(factor * s) = exp(scale * s), split into a non-negative
@@ -49,6 +48,7 @@ class ForwardTask {
   using In = typename Gemm::In;
   using Vec = vec_t<Acc>;
   static constexpr int64_t kWidth = kLanes<Acc>;
+  static constexpr int64_t kKeyBlock = Gemm::kKeyBlock;
   static constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
 
  public:
@@ -117,17 +117,20 @@ class ForwardTask {
       for_each_vector<Acc>(p_.head_dim, [&](int64_t d, auto lanes) {
         store_lanes(out + d, load<Acc>(sum + d) * inverse, lanes);
       });
+      // In double: an error here would scale every weight that the backward pass recomputes.
       static_cast<Acc*>(p_.lse)[seq_.head_major(row0_ + r)] =
           denominator_[r] == 0
               ? kNothing
-              : (max_[r] * scale_.factor + std::log2(denominator_[r])) * std::numbers::ln2_v<Acc>;
+              : static_cast<Acc>((double{max_[r] * scale_.factor} + std::log2(denominator_[r])) *
+                                 std::numbers::ln2);
     }
   }
 
  private:
   void attend_tile(int64_t r, int64_t tile_rows, int64_t key0, int64_t keys, Panels<In> key,
                    Panels<In> value) {
-    const int64_t columns = round_up(keys, Gemm::kColumnMultiple);
+    // Columns past the keys count as unseen ones: their scores are masked, their weights are 0.
+    const int64_t columns = round_up(keys, std::max(Gemm::kColumnMultiple, Gemm::kDepthMultiple));
     Gemm::template multiply<false>(tile_rows, columns, padded_, {query_ + r * padded_, padded_},
                                    key, scores_, kKeyBlock);
     if (columns > keys || seq_.limit(row0_ + r) < key0 + keys) {
@@ -168,6 +171,7 @@ class ForwardTask {
     denominator_[row] = denominator_[row] * old + sum_lanes<Acc>(total);
   }
 
+  [[no_unique_address]] typename Gemm::Session session_;
   const AttentionParams& p_;
   const Sequence<T>& seq_;
   const int64_t row0_, rows_, padded_;

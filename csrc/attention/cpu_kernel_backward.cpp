@@ -19,7 +19,7 @@ class BackwardTask {
   using Vec = vec_t<Acc>;
   static constexpr int64_t kWidth = kLanes<Acc>;
   static constexpr int64_t kBlock = 128;  // keys
-  static constexpr int64_t kTile = 8 * Gemm::kMicroRows;
+  static constexpr int64_t kTile = 8 * Gemm::Micro::kRows;
   static_assert(kBlock % Gemm::kPanel == 0);
 
  public:
@@ -28,8 +28,7 @@ class BackwardTask {
         p_(bwd.forward),
         kv_head_(kv_head),
         seq_(p_, b, kv_head),
-        padded_(round_up(p_.head_dim, Gemm::kColumnMultiple)),
-        scale_(p_.softmax_scale) {
+        padded_(round_up(p_.head_dim, Gemm::kColumnMultiple)) {
     thread_local Scratch scratch;
     const int64_t of_block = kBlock * padded_, of_tile = kTile * padded_;
     scratch.reset(Scratch::bytes_for<Acc>(of_block) * 5 + Scratch::bytes_for<Acc>(of_tile) * 2 +
@@ -64,12 +63,11 @@ class BackwardTask {
   }
 
  private:
-  // lse in the exponent's base, +inf where the row saw nothing so that its weights are 0; delta =
-  // sum(grad_out * out) - grad_lse, what the softmax takes off every score's gradient.
+  // lse, but +inf where the row saw nothing, so that its weights are 0; delta = sum(grad_out * out)
+  // - grad_lse, what the softmax takes off every score's gradient.
   void prepare_row(int64_t r) {
     const Acc lse = static_cast<const Acc*>(p_.lse)[seq_.head_major(r)];
-    lse_[r] =
-        lse == -std::numeric_limits<Acc>::infinity() ? -lse : lse * std::numbers::log2e_v<Acc>;
+    lse_[r] = lse == -std::numeric_limits<Acc>::infinity() ? -lse : lse;
     const T* out = static_cast<const T*>(p_.out) + seq_.token_major(r) * p_.head_dim;
     const T* grad_out = seq_.at(bwd_.grad_out, r);
     Vec total{};
@@ -138,9 +136,10 @@ class BackwardTask {
   // scores -> weights exp(scale * score - lse); grad_weights -> weights * (grad_weights - delta),
   // the gradient of the scaled scores.
   void softmax_row(int64_t row, int64_t columns, Acc* weights, Acc* grad) {
-    const Acc factor = scale_.factor * scale_.sign;
+    const Acc scale = static_cast<Acc>(p_.softmax_scale);
     for (int64_t j = 0; j < columns; j += kWidth) {
-      const Vec weight = exp2_nonpositive<Acc>(load<Acc>(weights + j) * factor - lse_[row]);
+      const Vec log_weight = load<Acc>(weights + j) * scale - lse_[row];
+      const Vec weight = exp2_nonpositive<Acc>(log_weight * std::numbers::log2e_v<Acc>);
       store<Acc>(weights + j, weight);
       store<Acc>(grad + j, weight * (load<Acc>(grad + j) - delta_[row]));
     }
@@ -158,7 +157,6 @@ class BackwardTask {
   const int64_t kv_head_;
   const Sequence<T> seq_;
   const int64_t padded_;
-  const ScoreScale<Acc> scale_;
   Acc *key_columns_, *value_columns_, *key_depth_, *grad_key_, *grad_value_;
   Acc *query_, *grad_out_, *weights_, *grad_scores_, *grad_query_, *lse_, *delta_;
 };

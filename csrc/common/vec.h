@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/types.h"
 
@@ -80,7 +81,7 @@ inline Half narrow(vec_t<float> x, bfloat16) {
 
 inline vec_t<float> widen(Half half, float16) {
 #if defined(__AVX512F__)
-  return (vec_t<float>)_mm512_cvtph_ps((__m256i)half);
+  return (vec_t<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);  // unmasked, GCC warns
 #elif defined(__F16C__)
   return (vec_t<float>)_mm256_cvtph_ps((__m128i)half);
 #else
@@ -97,7 +98,7 @@ inline vec_t<float> widen(Half half, float16) {
 
 inline Half narrow(vec_t<float> x, float16) {
 #if defined(__AVX512F__)
-  return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  return (Half)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -160,7 +161,17 @@ inline void store_first(T* to, vec_t<accumulate_t<T>> x, int64_t count) {
 
 template <typename T>
 inline accumulate_t<T> load_scalar(const T* from) {
-  return load_first(from, 1)[0];
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return bits_as<float>(uint32_t{from->bits} << 16);
+  } else if constexpr (std::is_same_v<T, float16>) {
+#if defined(__F16C__)
+    return _cvtsh_ss(from->bits);
+#else
+    return load_first(from, 1)[0];
+#endif
+  } else {
+    return *from;
+  }
 }
 
 template <typename T>
@@ -202,6 +213,11 @@ inline void store_lanes(T* to, vec_t<accumulate_t<T>> x, int64_t count) {
 
 template <typename A>
 inline A sum_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_add_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {
@@ -225,6 +241,11 @@ inline vec_t<A> max(vec_t<A> a, vec_t<A> b) {
 
 template <typename A>
 inline A max_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_max_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {
