@@ -54,6 +54,8 @@ struct DotGemm {
     for (int64_t j = 0; j < count; j += 2) {
       const bfloat16* even = row(j);
       const bfloat16* odd = j + 1 < count ? row(j + 1) : nullptr;
+      prefetch_row(row, j, count, head_dim);
+      prefetch_row(row, j + 1, count, head_dim);
       In* pairs = to + j * padded;
       for_each_vector<float>(head_dim, [&](int64_t d, auto lanes) {
         const UInt low = bits_as<UInt>(load_lanes(even + d, lanes)) >> 16;
