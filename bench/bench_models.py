@@ -111,7 +111,7 @@ def routing_shares(step: Call) -> dict[str, float]:
 @pytest.mark.parametrize("peer", [OURS, "vanilla"])
 @pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared"])
 def test_training_step(benchmark: Any, measure: Any, kv_strategy: str, peer: str) -> None:
-    case = training_case(4, 512, 512, 14, 3, kv_strategy)
+    case = training_case(2, 512, 512, 14, 3, kv_strategy)
     measure(case, peer)
     if peer == OURS:
         benchmark.extra_info["routing_shares"] = routing_shares(case.peers[OURS])
