@@ -221,12 +221,7 @@ def test_shared_views_keep_the_first_depths_keys(seed):
     x = torch.randn(6, 32)
     first = store.view(0, 0, tokens)
     out = attention(x, first)
-    deeper = store.view(
-        0,
-        1,
-        tokens.select(
-            torch.tensor([2, 5]), [2], torch.tensor([0, 2], dtype=torch.int32), torch.ones(2)
-        ),
-    )
+    index, cu_seqlens = torch.tensor([[2, 5], [0, 2]], dtype=torch.int32)
+    deeper = store.view(0, 1, tokens.select(index, [2], cu_seqlens, torch.ones(2)))
     assert deeper.queries_only and not first.queries_only
     torch.testing.assert_close(attention(x[[2, 5]], deeper), out[[2, 5]])
