@@ -126,18 +126,16 @@ def rotary_kv_append(n: int) -> Args:
 
 
 def attention(n: int) -> Args:
-    limits = torch.randint(2 * n + 1, (n,))
+    limits = torch.randint(2 * n + 1, (n,)).sort().values
     return {
         "query": torch.randn(n + 3, 4, 16),
         "key": torch.randn(2 * n + 5, 2, 16),
         "value": torch.randn(2 * n + 5, 2, 16),
         "cu_seqlens_q": cu_seqlens_of([n, 0, 3]),
         "cu_seqlens_k": cu_seqlens_of([2 * n, 3, 2]),
-        "key_limit": torch.cat(
-            [torch.randint(2 * n + 1, (n,)).sort().values, int32(0, 1, 2)]
-        ).int(),
-        "max_seqlen_q": max(n, 3),
-        "max_seqlen_k": 2 * n,
+        "key_limit": torch.cat([limits, int32(0, 1, 2)]).int(),
+        "max_seqlen_q": n + 3,
+        "max_seqlen_k": 2 * n + 3,
         "softmax_scale": 0.25,
     }
 
