@@ -27,6 +27,11 @@ struct DotGemm {
   // The sign of factor is all that a bf16 element can be multiplied by without rounding.
   static void pack_row(const bfloat16* from, int64_t head_dim, int64_t padded, float factor,
                        bfloat16* to) {
+    if (factor == 1) {
+      std::copy_n(from, head_dim, to);
+      std::fill(to + head_dim, to + padded, bfloat16{0});
+      return;
+    }
     for_each_vector<float>(head_dim, [&](int64_t d, auto lanes) {
       store_lanes(to + d, load_lanes(from + d, lanes) * factor, lanes);
     });
@@ -49,6 +54,8 @@ struct DotGemm {
     for (int64_t j = 0; j < count; j += 2) {
       const bfloat16* even = row(j);
       const bfloat16* odd = j + 1 < count ? row(j + 1) : nullptr;
+      prefetch_row(row, j, count, head_dim);
+      prefetch_row(row, j + 1, count, head_dim);
       In* pairs = to + j * padded;
       for_each_vector<float>(head_dim, [&](int64_t d, auto lanes) {
         const UInt low = bits_as<UInt>(load_lanes(even + d, lanes)) >> 16;

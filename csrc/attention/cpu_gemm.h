@@ -13,6 +13,20 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// The rows of one head lie too far apart for the hardware to foresee: asks for the row that will
+// be packed a little later.
+template <typename RowAt>
+inline void prefetch_row(RowAt row, int64_t j, int64_t count, int64_t head_dim) {
+  constexpr int64_t kAhead = 24;
+  if (j + kAhead < count) {
+    const auto* line = reinterpret_cast<const char*>(row(j + kAhead));
+    const auto bytes = head_dim * static_cast<int64_t>(sizeof(*row(j)));
+    for (int64_t at = 0; at < bytes; at += 64) {
+      __builtin_prefetch(line + at);
+    }
+  }
+}
+
 template <typename T>
 struct FmaGemm {
   using Storage = T;
@@ -44,11 +58,16 @@ struct FmaGemm {
                                  In* to) {
     constexpr int64_t kWidth = kLanes<Acc>;
     for (int64_t j0 = 0; j0 < round_up(count, kPanel); j0 += kWidth) {
+      const T* rows[kWidth];
+      for (int64_t j = 0; j < kWidth; ++j) {
+        rows[j] = j0 + j < count ? row(j0 + j) : nullptr;
+        prefetch_row(row, j0 + j, count, head_dim);
+      }
       In* columns = to + j0 / kPanel * kPanel * padded + j0 % kPanel;
       for_each_vector<Acc>(head_dim, [&](int64_t d, auto lanes) {
         vec_t<Acc> square[kWidth];
         for (int64_t j = 0; j < kWidth; ++j) {
-          square[j] = j0 + j < count ? load_lanes(row(j0 + j) + d, lanes) : vec_t<Acc>{};
+          square[j] = rows[j] ? load_lanes(rows[j] + d, lanes) : vec_t<Acc>{};
         }
         transpose(square);
         for (int64_t i = 0; i < lanes; ++i) {
@@ -66,6 +85,7 @@ struct FmaGemm {
   template <typename RowAt>
   static Panels<In> pack_depth(RowAt row, int64_t count, int64_t head_dim, int64_t padded, In* to) {
     for (int64_t j = 0; j < count; ++j) {
+      prefetch_row(row, j, count, head_dim);
       pack_row(row(j), head_dim, padded, Acc{1}, to + j * padded);
     }
     return {to, padded, kPanel};

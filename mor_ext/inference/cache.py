@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mor_ext import ops
 from mor_ext.models import MoRForCausalLM
-from mor_ext.nn import Rotary, Tokens
+from mor_ext.nn import Recursion, Rotary, Tokens
 from mor_ext.nn.kv import shared_key_limit
 
 BLOCK_SIZE = 16  # entries
@@ -24,16 +24,18 @@ class PagedKV:
     def __init__(self, model: MoRForCausalLM, batch: int, max_length: int) -> None:
         config, weight = model.config, model.embed_tokens.weight
         self.shared = config.kv_strategy == "shared"
-        self.rotary = model.rotary()
+        self.rotary = model.rotary
         self.past = torch.zeros(batch, dtype=torch.int32, device=weight.device)
         blocks = -(-max_length // BLOCK_SIZE)
         self.lanes: list[list[Lanes]] = []  # [stage][depth]
         self.first: dict[int, PagedView] = {}  # by stage: this step's view of depth 1
         for stage in model.stages:
+            assert isinstance(stage, Recursion)
             depths = 1 if self.shared else stage.num_recursions
-            layers = [layer.attention.layer for layer in stage.block.layers]
             shape = (batch * blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
-            self.lanes.append([Lanes(layers, batch, shape, weight) for _ in range(depths)])
+            self.lanes.append(
+                [Lanes(stage.block.numbers, batch, shape, weight) for _ in range(depths)]
+            )
 
     def enter(self, lengths: Sequence[int], device: torch.device) -> Tokens:
         tokens = Tokens.of_batch(lengths, device, self.past)

@@ -33,7 +33,7 @@ class MoRConfig:
     num_hidden_layers: int = 5  # unrolled depth
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    head_dim: int | None = None  # hidden_size // num_attention_heads
+    head_dim: int = 0  # 0: hidden_size // num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
@@ -92,8 +92,7 @@ class MoRConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}, got {self.num_attention_heads}"
             )
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.head_dim % 8 or not 0 < self.head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 8 up to 256, got {self.head_dim}")
 

@@ -59,11 +59,7 @@ class MoRForCausalLM(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        cos, sin = _rotary_tables(config)
-        self.cos: Tensor  # fp32 [max_positions, head_dim / 2]
-        self.sin: Tensor
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.rotary = Rotary(config.head_dim, config.max_position_embeddings, config.rope_theta)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,7 +76,7 @@ class MoRForCausalLM(nn.Module):
         store: KVStore | None = None,
     ) -> MoROutput:
         if store is None:
-            store = PackedKV(self.config.kv_strategy == "shared", self.rotary())
+            store = PackedKV(self.config.kv_strategy == "shared", self.rotary)
         tokens = store.enter(self._lengths(input_ids, lengths), input_ids.device)
         causal = not self.training if causal is None else causal
 
@@ -94,7 +90,11 @@ class MoRForCausalLM(nn.Module):
             aux_loss = aux_loss + stage_loss
         logits = F.linear(self.norm(hidden), self.head_weight())  # [total, vocab_size]
 
-        output = MoROutput(logits.view(*input_ids.shape, -1), depth.view(input_ids.shape), aux_loss)
+        output = MoROutput(
+            logits.view(*input_ids.shape, self.config.vocab_size),
+            depth.view(input_ids.shape),
+            aux_loss,
+        )
         if labels is not None:
             output.nll = _next_token_loss(logits, labels.flatten(), tokens)
             output.loss = output.nll + aux_loss
@@ -104,9 +104,6 @@ class MoRForCausalLM(nn.Module):
         """``[vocab_size, hidden_size]``; tied embeddings are one parameter, so they stay tied."""
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.weight if tied else self.lm_head.weight
-
-    def rotary(self) -> Rotary:
-        return Rotary(self.cos, self.sin)
 
     def _lengths(self, input_ids: Tensor, lengths: Sequence[int] | None) -> Sequence[int]:
         if lengths is None:
@@ -152,7 +149,6 @@ def _stages(config: MoRConfig) -> list[Recursion]:
 
 
 def _layer(number: int, config: MoRConfig) -> Layer:
-    assert config.head_dim is not None
     attention = Attention(
         number,
         config.hidden_size,
@@ -173,15 +169,6 @@ def _router(config: MoRConfig) -> Router:
     if config.routing == "token_choice":
         return TokenChoiceRouter(config.hidden_size, config.num_recursions, alpha, coef)
     return Router(config.update)
-
-
-def _rotary_tables(config: MoRConfig) -> tuple[Tensor, Tensor]:
-    """cos, sin ``[max_positions, head_dim / 2]`` of ``position * theta ** (-2 i / head_dim)``."""
-    assert config.head_dim is not None
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    position = torch.arange(config.max_position_embeddings, dtype=torch.float64)
-    angle = torch.outer(position, config.rope_theta**-exponent)
-    return angle.cos().float(), angle.sin().float()
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, tokens: Tokens) -> Tensor:

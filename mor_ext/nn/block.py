@@ -32,7 +32,9 @@ class Block(nn.Module):
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         super().__init__()
+        layers = list(layers)
         self.layers = nn.ModuleList(layers)
+        self.numbers = [layer.attention.layer for layer in layers]  # of its layers in the model
 
     def forward(self, hidden: Tensor, view: KVView, index: Tensor | None) -> Tensor:
         """f of rows ``index`` of hidden: the first norm gathers them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mor_ext import ops
+from mor_ext.nn.rotary import Rotary
 from mor_ext.nn.tokens import Tokens
 
 
@@ -36,19 +37,6 @@ class KVStore(Protocol):
     def view(self, stage: int, depth: int, active: Tokens) -> KVView:
         """What the tokens active at a depth (from 0) of the model's stage see."""
         ...
-
-
-class Rotary:
-    """Rotary embedding at the tokens' original positions (Su et al., arXiv 2104.09864)."""
-
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos, self.sin = cos, sin  # fp32 [max_positions, head_dim / 2]
-
-    def both(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.rotary(query, key, self.cos, self.sin, positions)
-
-    def query(self, query: Tensor, positions: Tensor) -> Tensor:
-        return self.both(query, query[:, :0], positions)[0]  # a key without heads
 
 
 class PackedKV:
@@ -90,7 +78,7 @@ class PackedView:
             query = self.rotary.query(query, self.active.positions)
             key, value = self.kv[layer]
         else:
-            query, key = self.rotary.both(query, key, self.active.positions)
+            query, key = self.rotary(query, key, self.active.positions)
             self.kv[layer] = key, value
         out, _ = ops.attention(
             query,
