@@ -23,7 +23,9 @@ class LibraryLoadError(ImportError):
     """
 
     def __init__(self, built: str, found: str, remedy: str) -> None:
-        super().__init__(f"mor_ext cannot load.\n  built: {built}\n  found: {found}\n  do: {remedy}")
+        super().__init__(
+            f"mor_ext cannot load.\n  built: {built}\n  found: {found}\n  do: {remedy}"
+        )
         self.built, self.found, self.remedy = built, found, remedy
 
 
