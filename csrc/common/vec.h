@@ -55,7 +55,7 @@ using UInt = uint32_t __attribute__((vector_size(kVectorBytes)));
 
 template <typename A>
 inline vec_t<A> splat(A value) {
-  return vec_t<A>{} + value;
+  return value - vec_t<A>{};  // x - 0 is x, also for -0, so no instruction is left of it
 }
 
 template <typename To, typename From>
@@ -213,6 +213,11 @@ inline void store_lanes(T* to, vec_t<accumulate_t<T>> x, int64_t count) {
 
 template <typename A>
 inline A sum_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_add_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {
@@ -223,13 +228,24 @@ inline A sum_lanes(vec_t<A> x) {
   return lanes[0];
 }
 
+// The larger one; a NaN in a is kept.
 template <typename A>
 inline vec_t<A> max(vec_t<A> a, vec_t<A> b) {
-  return a > b ? a : b;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return (vec_t<A>)_mm512_max_ps((__m512)b, (__m512)a);
+  }
+#endif
+  return b > a ? b : a;
 }
 
 template <typename A>
 inline A max_lanes(vec_t<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_max_ps((__m512)x);
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &x, sizeof(x));
   for (int width = kLanes<A> / 2; width > 0; width /= 2) {

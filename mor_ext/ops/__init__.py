@@ -8,6 +8,7 @@ from mor_ext.ops.compact import (
     scatter_tokens,
     scatter_tokens_,
 )
+from mor_ext.ops.kv_cache import kv_append, rotary, rotary_kv_append
 from mor_ext.ops.route import route_depth, route_topk
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "compact_depth",
     "gather_rms_norm",
     "gather_tokens",
+    "kv_append",
     "paged_attention",
+    "rotary",
+    "rotary_kv_append",
     "route_depth",
     "route_topk",
     "scatter_tokens",

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor_ext.ops._autocast import register_autocast
+
 
 def attention(
     query: Tensor,
@@ -34,6 +36,8 @@ def attention(
         out ``[total_q, heads, head_dim]`` of query's dtype and lse fp32 (fp64 for fp64)
         ``[heads, total_q]``, the log of the softmax's denominator. A query that sees no key gives
         0 and lse -inf. Both are differentiable, deterministically.
+
+    Under autocast query, key and value take the autocast dtype.
 
     Raises:
         RuntimeError: ``mor::attention: <argument> must be <rule>, got <value>``.
@@ -140,3 +144,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 torch.library.register_autograd("mor::attention", _backward, setup_context=_setup_context)
+register_autocast("attention", ["query", "key", "value"])

@@ -1,0 +1,29 @@
+"""Modules of adaptive-depth transformers over packed tokens: ``[total, ...]``, no padding."""
+
+from mor_ext.nn.attention import Attention
+from mor_ext.nn.block import Block, Layer
+from mor_ext.nn.kv import KVStore, KVView, PackedKV
+from mor_ext.nn.mlp import SwiGLU
+from mor_ext.nn.norm import RMSNorm
+from mor_ext.nn.recursion import Recursion
+from mor_ext.nn.rotary import Rotary
+from mor_ext.nn.router import ExpertChoiceRouter, Router, TokenChoiceRouter
+from mor_ext.nn.tokens import Tokens, cu_seqlens_of
+
+__all__ = [
+    "Attention",
+    "Block",
+    "ExpertChoiceRouter",
+    "KVStore",
+    "KVView",
+    "Layer",
+    "PackedKV",
+    "RMSNorm",
+    "Recursion",
+    "Rotary",
+    "Router",
+    "SwiGLU",
+    "TokenChoiceRouter",
+    "Tokens",
+    "cu_seqlens_of",
+]

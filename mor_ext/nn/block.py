@@ -1,0 +1,44 @@
+"""Transformer layers, and the block of layers that a recursion applies."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from mor_ext.nn.attention import Attention
+from mor_ext.nn.kv import KVView
+from mor_ext.nn.mlp import SwiGLU
+from mor_ext.nn.norm import RMSNorm
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer as in Llama."""
+
+    def __init__(self, attention: Attention, mlp: SwiGLU, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(hidden_size, eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(hidden_size, eps)
+        self.mlp = mlp
+
+    def forward(self, hidden: Tensor, view: KVView, index: Tensor | None = None) -> Tensor:
+        """The layer on rows ``index`` of hidden ``[N, hidden_size]``; None is every row."""
+        rows, normed = self.attention_norm.gather(hidden, index)
+        rows = rows + self.attention(normed, view)
+        return rows + self.mlp(self.mlp_norm(rows))  # [k, hidden_size]
+
+
+class Block(nn.Module):
+    """``f`` of the papers: layers one after the other, the residual stream included."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        layers = list(layers)
+        self.layers = nn.ModuleList(layers)
+        self.numbers = [layer.attention.layer for layer in layers]  # of its layers in the model
+
+    def forward(self, hidden: Tensor, view: KVView, index: Tensor | None) -> Tensor:
+        """f of rows ``index`` of hidden: the first norm gathers them."""
+        for layer in self.layers:
+            hidden = layer(hidden, view, index)
+            index = None
+        return hidden  # [k, hidden_size]
