@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +39,11 @@ def train(model: MoRForCausalLM, text: Text, recipe: Recipe) -> Iterator[float]:
     """Trains the model, yielding each step's loss in nats a byte; batches repeat with the seed."""
     generator = torch.Generator().manual_seed(recipe.seed)
     device = model.embed_tokens.weight.device
+    decayed: dict[str, Any] = {"params": [p for p in model.parameters() if p.dim() > 1]}
+    others: dict[str, Any] = {"params": [p for p in model.parameters() if p.dim() <= 1]}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.dim() > 1]},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-        ],
+        [decayed | {"weight_decay": recipe.weight_decay}, others | {"weight_decay": 0.0}],
         betas=(0.9, 0.95),
-        weight_decay=recipe.weight_decay,
         fused=True,
     )
     model.train()
