@@ -16,7 +16,7 @@ class Generated:
     depth: Tensor  # int32 [length], how many recursions each token took
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: MoRForCausalLM,
     prompts: Sequence[Tensor],

@@ -90,7 +90,11 @@ class MoRForCausalLM(nn.Module):
             aux_loss = aux_loss + stage_loss
         logits = F.linear(self.norm(hidden), self.head_weight())  # [total, vocab_size]
 
-        output = MoROutput(logits.view(*input_ids.shape, -1), depth.view(input_ids.shape), aux_loss)
+        output = MoROutput(
+            logits.view(*input_ids.shape, self.config.vocab_size),
+            depth.view(input_ids.shape),
+            aux_loss,
+        )
         if labels is not None:
             output.nll = _next_token_loss(logits, labels.flatten(), tokens)
             output.loss = output.nll + aux_loss

@@ -169,9 +169,7 @@ class TokenChoiceRouter(Router):
         last = plan.depth[active.index] == depth + 1
         entry = ops.gather_tokens(plan.entry, torch.where(last, active.index, -1))  # zero rows else
         new = active.gate.to(output.dtype).unsqueeze(-1) * output + entry
-        return ops.scatter_tokens(
-            hidden, new - ops.gather_tokens(hidden, active.index), active.index, None
-        )
+        return hidden.index_copy(0, active.index.long(), new)
 
 
 def _where(keep: Tensor, active: Tokens) -> tuple[Tensor, list[int], Tensor]:
