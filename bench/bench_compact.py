@@ -1,7 +1,7 @@
 """Compaction: gather the active rows, scatter their gated updates back."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -124,7 +124,7 @@ def scatter_inplace_case(tokens: int, active: int, width: int, dtype: torch.dtyp
         op="scatter_tokens_",
         shape=f"{active} into {tokens} x {width}",
         dtype=dtype,
-        peers={name: lambda f=f, x=targets[name]: f(x) for name, f in functions.items()},
+        peers={name: partial(f, targets[name]) for name, f in functions.items()},
         bytes=3 * active * width * x.itemsize,
         goals={"eager": 3.0},
         reset=reset,

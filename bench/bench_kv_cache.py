@@ -1,6 +1,6 @@
 """Rotary embedding at original positions, and the append to a paged cache."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -74,10 +74,13 @@ def append_case(lanes: int, old: int, new: int, dtype: torch.dtype, rotary: bool
     lengths, cu = torch.full((lanes,), old, dtype=torch.int32), cu_seqlens(lanes, new)
     positions = torch.arange(old, old + new, dtype=torch.int32).repeat(lanes)
     cos, sin = tables(old + new)
-    caches = torch.zeros(3, 2, lanes * lane_blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype=dtype)
 
-    def ours() -> tuple[Tensor, ...]:
-        keys, values = caches[0]
+    def caches() -> list[Tensor]:
+        """Keys and values for one peer."""
+        shape = (lanes * lane_blocks, BLOCK, KV_HEADS, HEAD_DIM)
+        return [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+
+    def ours(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         if rotary:
             rotated = mor.rotary_kv_append(
                 query, key, value, cos, sin, positions, keys, values, block_table, lengths, cu
@@ -87,9 +90,11 @@ def append_case(lanes: int, old: int, new: int, dtype: torch.dtype, rotary: bool
         return keys, values
 
     def pytorch(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        lane = torch.repeat_interleave(cu.diff(), output_size=tokens)
-        entry = lengths[lane] + torch.arange(tokens) - cu[lane]
-        slot = block_table[lane, entry // BLOCK] * BLOCK + entry % BLOCK
+        # Not repeat_interleave: under torch.compile it would make a copy of the whole cache.
+        token = torch.arange(tokens, dtype=torch.int32)
+        lane = torch.searchsorted(cu, token, right=True) - 1
+        entry = lengths[lane] + token - cu[lane]
+        slot = (block_table[lane, entry // BLOCK] * BLOCK + entry % BLOCK).long()
         new_query, new_key = query, key
         if rotary:
             new_query, new_key = rotate_both(query, key, cos, sin, positions)
@@ -97,16 +102,12 @@ def append_case(lanes: int, old: int, new: int, dtype: torch.dtype, rotary: bool
         values.flatten(0, 1).index_copy_(0, slot, value)
         return (new_query, keys, values) if rotary else (keys, values)
 
-    pytorch_compiled = compiled(pytorch)
+    functions = {OURS: ours, "eager": pytorch, "compiled": compiled(pytorch)}
     return Case(
         op="rotary_kv_append" if rotary else "kv_append",
         shape=f"{lanes} lanes, {new} on {old}, {KV_HEADS} x {HEAD_DIM}",
         dtype=dtype,
-        peers={
-            OURS: ours,
-            "eager": lambda: pytorch(*caches[1]),
-            "compiled": lambda: pytorch_compiled(*caches[2]),
-        },
+        peers={name: partial(f, *caches()) for name, f in functions.items()},
         bytes=2 * (key.nbytes + value.nbytes + rotary * query.nbytes),
     )
 

@@ -56,7 +56,7 @@ def goals(group: Group) -> list[tuple[str, str, str, bool]]:
             rows.append((name(group), f">= {least:g}x {peer}", f"{got:.2f}x", got >= least))
         most = entry["extra_info"].get("largest_share")
         if most:
-            share = entry["extra_info"]["routing_share"]
+            share = sum(entry["extra_info"]["routing_shares"].values())
             text = f"routing, gather, scatter <= {most:.0%} of the step"
             rows.append((name(group), text, f"{share:.2%}", share <= most))
     return rows
@@ -78,7 +78,8 @@ def family_table(groups: list[Group]) -> str:
             entry = group.get(peer)
             text = f"{duration(entry['stats']['median'])}, {ratio(entry):.2f}x" if entry else ""
             cells.append(text)
-        rows.append([*cells, f"{info['share_of_ceiling']:.0%}"])
+        share = info["share_of_ceiling"]  # 0 where neither bytes nor FLOPs are counted
+        rows.append([*cells, f"{share:.0%}" if share else ""])
     return table(["op", "dtype", "shape", "mor_ext", *peers, "of ceiling"], rows)
 
 
@@ -127,14 +128,15 @@ def plot(family: str, groups: list[Group], folder: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     bars = [(group, peer) for group in groups for peer in PEERS if peer in group]
     figure, axes = plt.subplots(figsize=(9, 1 + 0.22 * len(bars)), layout="constrained")
     colours = dict(zip(PEERS, plt.get_cmap("tab10").colors, strict=False))
     for y, (group, peer) in enumerate(bars):
         value = ratio(group[peer])
-        axes.barh(y, value, color=colours[peer], label=peer)
-        axes.text(value, y, f" {value:.2f}", va="center", fontsize=7)
+        axes.barh(y, value - 1, left=1, color=colours[peer], label=peer)
+        axes.text(max(value, 1), y, f" {value:.2f}", va="center", fontsize=7)
         goal = group[peer]["extra_info"].get("goal")
         if goal:
             axes.plot([goal, goal], [y - 0.45, y + 0.45], color="black", linewidth=2)
@@ -142,7 +144,11 @@ def plot(family: str, groups: list[Group], folder: Path) -> None:
     axes.set_yticks(first, [name(bars[i][0]) for i in first], fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time of the peer / time of mor_ext (black tick: goal)")
     axes.set_title(family)
     handles, labels = axes.get_legend_handles_labels()

@@ -15,6 +15,7 @@ from helpers import (
     in_fp64,
     key_limit_of,
     map_tensors,
+    scaled_atol,
 )
 from torch import Tensor
 
@@ -83,10 +84,10 @@ def page(args: Args, block_size: int) -> Args:
 
 
 def check(args: Args, block_size: int) -> None:
-    atol = 1e-11 if args["query"].dtype == torch.float64 else 1e-6
     results = (paged_attention(**page(args, block_size)), reference(**args))
     exact = reference(**in_fp64(args))
     for name, actual, eager, truth in zip(("out", "lse"), *results, exact, strict=True):
+        atol = scaled_atol(truth, args["query"].dtype)
         assert_accurate(actual, eager, truth, atol, name)
 
 

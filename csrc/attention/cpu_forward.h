@@ -19,6 +19,12 @@ namespace mor::MOR_ISA {
 
 inline constexpr int64_t kChunkBytes = 256 << 10;  // of a task's output accumulators
 
+// Where a (sequence, KV head) has few rows, as in decode, its keys are split into pieces of this
+// many, so that one long sequence keeps every thread busy. The split knows nothing of the
+// threads, so neither does the result.
+inline constexpr int64_t kSplitRows = 32;
+inline constexpr int64_t kSplitKeys = 2048;
+
 // A factor for scores s so that exp2(factor * s) = exp(scale * s), split into a non-negative
 // part (so that the maximum commutes with it) and a sign that goes onto the packed queries.
 template <typename Acc>
@@ -49,6 +55,10 @@ class ForwardTask {
   using Vec = vec_t<Acc>;
   static constexpr int64_t kWidth = kLanes<Acc>;
   static constexpr int64_t kKeyBlock = Gemm::kKeyBlock;
+  static_assert(kKeyBlock % Gemm::kPanel == 0);
+  // Rows of a tile a cache line more than a power of two apart: no two share their cache sets.
+  static constexpr int64_t kScoreStride = kKeyBlock + 64 / sizeof(Acc);
+  static constexpr int64_t kWeightStride = kKeyBlock + 64 / sizeof(In);
   static constexpr Acc kNothing = -std::numeric_limits<Acc>::infinity();
 
  public:
@@ -57,27 +67,31 @@ class ForwardTask {
         seq_(seq),
         row0_(row0),
         rows_(rows),
-        padded_(round_up(p.head_dim, std::max(Gemm::kDepthMultiple, Gemm::kColumnMultiple))),
+        padded_(padded(p.head_dim)),
         scale_(p.softmax_scale) {
     // Tiles may run past the chunk's rows, so everything indexed by row is padded to whole tiles.
     const int64_t padded_rows = round_up(rows, Gemm::kTileRows);
     thread_local Scratch scratch;
     scratch.reset(Scratch::bytes_for<In>(padded_rows * padded_) +
-                  Scratch::bytes_for<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_) * 2 +
-                  Scratch::bytes_for<Acc>(Gemm::kTileRows * kKeyBlock) +
-                  Scratch::bytes_for<In>(Gemm::kTileRows * kKeyBlock) +
+                  Scratch::bytes_for<In>(kKeyBlock * padded_) +
+                  Scratch::bytes_for<In>(kKeyBlock * round_up(padded_, Gemm::kPanel)) +
+                  Scratch::bytes_for<Acc>(Gemm::kTileRows * kScoreStride) +
+                  Scratch::bytes_for<In>(Gemm::kTileRows * kWeightStride) +
                   Scratch::bytes_for<Acc>(padded_rows * padded_) +
                   Scratch::bytes_for<Acc>(padded_rows) * 2);
     query_ = scratch.take<In>(padded_rows * padded_);
-    key_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
-    value_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
-    scores_ = scratch.take<Acc>(Gemm::kTileRows * kKeyBlock);
-    weights_ = scratch.take<In>(Gemm::kTileRows * kKeyBlock);
+    key_ = scratch.take<In>(kKeyBlock * padded_);
+    value_ = scratch.take<In>(kKeyBlock * round_up(padded_, Gemm::kPanel));
+    scores_ = scratch.take<Acc>(Gemm::kTileRows * kScoreStride);
+    weights_ = scratch.take<In>(Gemm::kTileRows * kWeightStride);
     sum_ = scratch.take<Acc>(padded_rows * padded_);
     max_ = scratch.take<Acc>(padded_rows);
     denominator_ = scratch.take<Acc>(padded_rows);
 
     for (int64_t r = 0; r < padded_rows; ++r) {
+      if (r + kPrefetchRows < rows) {
+        prefetch_row(seq.query(row0 + r + kPrefetchRows), p.head_dim);
+      }
       if (r < rows) {
         Gemm::pack_row(seq.query(row0 + r), p.head_dim, padded_, scale_.sign, query_ + r * padded_);
       } else {
@@ -102,8 +116,39 @@ class ForwardTask {
         const int64_t tile_rows = std::min<int64_t>(Gemm::kTileRows, rows_ - r);
         const int64_t limit = seq_.limit(row0_ + r + tile_rows - 1);
         if (limit > key0) {
+          prefetch_share(key0 + kKeyBlock, r / Gemm::kTileRows, end);
           attend_tile(r, tile_rows, key0, std::min(keys, limit - key0), key, value);
         }
+      }
+    }
+  }
+
+  // What the task knows of its rows, for another task of the same rows to absorb.
+  static int64_t state_size(int64_t rows, int64_t head_dim) {
+    return rows * (padded(head_dim) + 2);
+  }
+
+  void save(Acc* state) const {
+    state = std::copy_n(max_, rows_, state);
+    state = std::copy_n(denominator_, rows_, state);
+    std::copy_n(sum_, rows_ * padded_, state);
+  }
+
+  void absorb(const Acc* state) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const Acc other_max = state[r], other_denominator = state[rows_ + r];
+      if (other_denominator == 0) {
+        continue;
+      }
+      const Acc top = std::max(max_[r], other_max);
+      const Acc keep = std::exp2((max_[r] - top) * scale_.factor);
+      const Acc take = std::exp2((other_max - top) * scale_.factor);
+      max_[r] = top;
+      denominator_[r] = denominator_[r] * keep + other_denominator * take;
+      Acc* sum = sum_ + r * padded_;
+      const Acc* other = state + 2 * rows_ + r * padded_;
+      for (int64_t d = 0; d < padded_; d += kWidth) {
+        store<Acc>(sum + d, load<Acc>(sum + d) * keep + load<Acc>(other + d) * take);
       }
     }
   }
@@ -127,20 +172,34 @@ class ForwardTask {
   }
 
  private:
+  static int64_t padded(int64_t head_dim) {
+    return round_up(head_dim, std::max(Gemm::kDepthMultiple, Gemm::kColumnMultiple));
+  }
+
+  // Asks for one tile's share of the keys and values from next on, the block that comes after.
+  void prefetch_share(int64_t next, int64_t tile, int64_t end) const {
+    const int64_t share = ceil_div(kKeyBlock * Gemm::kTileRows, rows_);
+    const int64_t begin = next + tile * share;
+    for (int64_t j = begin; j < std::min({begin + share, next + kKeyBlock, end}); ++j) {
+      prefetch_row(seq_.key(j), p_.head_dim);
+      prefetch_row(seq_.value(j), p_.head_dim);
+    }
+  }
+
   void attend_tile(int64_t r, int64_t tile_rows, int64_t key0, int64_t keys, Panels<In> key,
                    Panels<In> value) {
     // Columns past the keys count as unseen ones: their scores are masked, their weights are 0.
     const int64_t columns = round_up(keys, std::max(Gemm::kColumnMultiple, Gemm::kDepthMultiple));
     Gemm::template multiply<false>(tile_rows, columns, padded_, {query_ + r * padded_, padded_},
-                                   key, scores_, kKeyBlock);
+                                   key, scores_, kScoreStride);
     if (columns > keys || seq_.limit(row0_ + r) < key0 + keys) {
-      mask_scores(seq_, row0_ + r, tile_rows, key0, columns, kNothing, scores_, kKeyBlock);
+      mask_scores(seq_, row0_ + r, tile_rows, key0, columns, kNothing, scores_, kScoreStride);
     }
     for (int64_t i = 0; i < tile_rows; ++i) {
-      softmax_row(r + i, columns, scores_ + i * kKeyBlock, weights_ + i * kKeyBlock);
+      softmax_row(r + i, columns, scores_ + i * kScoreStride, weights_ + i * kWeightStride);
     }
     const int64_t depth = round_up(keys, Gemm::kDepthMultiple);
-    Gemm::template multiply<true>(tile_rows, padded_, depth, {weights_, kKeyBlock}, value,
+    Gemm::template multiply<true>(tile_rows, padded_, depth, {weights_, kWeightStride}, value,
                                   sum_ + r * padded_, padded_);
   }
 
@@ -158,7 +217,7 @@ class ForwardTask {
       const Vec weight =
           exp2_nonpositive<Acc, Gemm::kExp2Degree>(load<Acc>(scores + j) * scale_.factor - shift);
       total += weight;
-      Gemm::store_weights(weights + j, weight);
+      store<In>(weights + j, weight);
     }
     const Acc old = exp2_nonpositive<Acc>(splat(max_[row] * scale_.factor - shift))[0];
     if (old != 1) {
@@ -182,30 +241,62 @@ class ForwardTask {
 
 template <typename Gemm>
 void attention_forward(const AttentionParams& p) {
-  struct Chunk {
-    int64_t b, kv_head, row0, rows;
-  };
   using T = typename Gemm::Storage;
+  using Acc = typename Gemm::Acc;
+  struct Chunk {
+    Sequence<T> seq;
+    int64_t row0, rows, pieces;
+    std::vector<Acc> states;  // of the pieces, if there are several
+  };
+  struct Task {
+    size_t chunk;
+    int64_t piece;
+  };
   // Small enough that a chunk's accumulators stay in cache and every thread gets several.
-  const int64_t rows_total = p.total_q * p.heads;
-  const int64_t in_cache = kChunkBytes / static_cast<int64_t>(sizeof(float)) / p.head_dim;
-  const int64_t chunk_rows =
-      round_up(std::min(in_cache, ceil_div(rows_total, 4 * num_threads())), Gemm::kTileRows);
+  const int64_t in_cache = kChunkBytes / static_cast<int64_t>(sizeof(Acc)) / p.head_dim;
+  const int64_t fair = ceil_div(p.total_q * p.heads, 4 * num_threads());
+  const int64_t chunk_rows = round_up(std::min(in_cache, fair), Gemm::kTileRows);
   std::vector<Chunk> chunks;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
-      const int64_t rows = Sequence<T>(p, b, kv_head).rows();
-      for (int64_t row0 = 0; row0 < rows; row0 += chunk_rows) {
-        chunks.push_back({b, kv_head, row0, std::min(chunk_rows, rows - row0)});
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
+    const Sequence<T> seq(p, i / p.kv_heads, i % p.kv_heads);
+    for (int64_t row0 = 0; row0 < seq.rows(); row0 += chunk_rows) {
+      const int64_t rows = std::min(chunk_rows, seq.rows() - row0);
+      const bool split = seq.rows() <= kSplitRows && seq.limit(seq.rows() - 1) > kSplitKeys;
+      const int64_t pieces = split ? ceil_div(seq.limit(seq.rows() - 1), kSplitKeys) : 1;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        tasks.push_back({chunks.size(), piece});
       }
+      chunks.push_back({seq, row0, rows, pieces, {}});
     }
   }
-  parallel_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t task, int64_t) {
-    const Chunk& chunk = chunks[static_cast<size_t>(task)];
-    const Sequence<T> seq(p, chunk.b, chunk.kv_head);
-    ForwardTask<Gemm> forward(p, seq, chunk.row0, chunk.rows);
-    forward.attend(0, seq.keys());
-    forward.write();
+  const auto state_size = [&](const Chunk& chunk) {
+    return ForwardTask<Gemm>::state_size(chunk.rows, p.head_dim);
+  };
+  for (Chunk& chunk : chunks) {
+    chunk.states.resize(chunk.pieces > 1 ? chunk.pieces * state_size(chunk) : 0);
+  }
+  parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
+    const Task& task = tasks[static_cast<size_t>(i)];
+    Chunk& chunk = chunks[task.chunk];
+    ForwardTask<Gemm> forward(p, chunk.seq, chunk.row0, chunk.rows);
+    if (chunk.pieces == 1) {
+      forward.attend(0, chunk.seq.keys());
+      forward.write();
+    } else {
+      forward.attend(task.piece * kSplitKeys, (task.piece + 1) * kSplitKeys);
+      forward.save(chunk.states.data() + task.piece * state_size(chunk));
+    }
+  });
+  parallel_tasks(static_cast<int64_t>(chunks.size()), [&](int64_t i, int64_t) {
+    const Chunk& chunk = chunks[static_cast<size_t>(i)];
+    if (chunk.pieces > 1) {
+      ForwardTask<Gemm> merged(p, chunk.seq, chunk.row0, chunk.rows);
+      for (int64_t piece = 0; piece < chunk.pieces; ++piece) {
+        merged.absorb(chunk.states.data() + piece * state_size(chunk));
+      }
+      merged.write();
+    }
   });
 }
 

@@ -70,7 +70,8 @@ class Sequence {
   const T* value(int64_t j) const { return entry(p_.kv.value, p_.kv.value_block_stride, j); }
 
  private:
-  bool paged() const { return p_.kv.block_table != nullptr; }
+  // The table may be empty, and its pointer null.
+  bool paged() const { return p_.kv.cu_seqlens == nullptr; }
 
   const T* entry(const HeadRows& tensor, int64_t block_stride, int64_t j) const {
     int64_t offset = (first_key_ + j) * tensor.row_stride;

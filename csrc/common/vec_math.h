@@ -31,10 +31,22 @@ struct Exp2Polynomial<double, 11> {  // 3.1e-18
 template <typename A>
 inline constexpr int kExactExp2Degree = sizeof(A) == 8 ? 11 : 6;
 
-// 2^x for x <= 0 up to rounding; exactly 0 for x = -inf and where the result would be denormal;
+// 2^x for x <= 0 up to rounding; exactly 0 for x = -inf;
 // NaN stays NaN.
 template <typename A, int kDegree = kExactExp2Degree<A>>
 inline vec_t<A> exp2_nonpositive(vec_t<A> x) {
+  constexpr const A* kC = Exp2Polynomial<A, kDegree>::kCoefficients;
+#if defined(__AVX512F__)
+  // Two instructions do all the work on the exponent: x - round(x), and * 2^round(x).
+  if constexpr (sizeof(A) == 4) {
+    const auto fraction = (vec_t<A>)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    vec_t<A> power = splat(kC[kDegree]);
+    for (int k = kDegree - 1; k >= 0; --k) {
+      power = power * fraction + kC[k];
+    }
+    return (vec_t<A>)_mm512_scalef_ps((__m512)power, (__m512)(x - fraction));
+  }
+#endif
   constexpr int kMantissa = VecTraits<A>::kMantissaBits;
   constexpr A kBias = static_cast<A>((1 << (8 * sizeof(A) - kMantissa - 2)) - 1);
   // Adding it leaves round(x) + bias in the low bits of the sum's mantissa.
@@ -42,7 +54,6 @@ inline vec_t<A> exp2_nonpositive(vec_t<A> x) {
   x = max<A>(x, splat<A>(-kBias));
   const vec_t<A> shifted = x + kMagic;
   const vec_t<A> fraction = x - (shifted - kMagic);
-  constexpr const A* kC = Exp2Polynomial<A, kDegree>::kCoefficients;
   vec_t<A> power = splat(kC[kDegree]);
   for (int k = kDegree - 1; k >= 0; --k) {
     power = power * fraction + kC[k];

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor_ext.ops._autocast import register_autocast
+from mor_ext.ops._fake import register_fake
+
 
 def attention(
     query: Tensor,
@@ -34,6 +37,8 @@ def attention(
         out ``[total_q, heads, head_dim]`` of query's dtype and lse fp32 (fp64 for fp64)
         ``[heads, total_q]``, the log of the softmax's denominator. A query that sees no key gives
         0 and lse -inf. Both are differentiable, deterministically.
+
+    Under autocast query, key and value take the autocast dtype.
 
     Raises:
         RuntimeError: ``mor::attention: <argument> must be <rule>, got <value>``.
@@ -103,19 +108,19 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("mor::attention")
+@register_fake("attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_lse_dtype(query))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.register_fake("mor::paged_attention")
+@register_fake("paged_attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_lse_dtype(query))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.register_fake("mor::attention_bwd")
+@register_fake("attention_bwd")
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,3 +145,4 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 torch.library.register_autograd("mor::attention", _backward, setup_context=_setup_context)
+register_autocast("attention", ["query", "key", "value"])
