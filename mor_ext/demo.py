@@ -26,7 +26,7 @@ from mor_ext.training import (
     evaluate,
     keep_freed_memory,
     read_text,
-    routing_share,
+    routing_shares,
     stdlib_text,
     train,
 )
@@ -145,7 +145,8 @@ def run(
     batch = windows[: recipe.batch_size]
     share = None
     if config.routing != "none":
-        share = routing_share(model, lambda: model(batch, labels=batch).loss.backward())
+        parts = routing_shares(lambda: model(batch, labels=batch).loss.backward())
+        share = sum(parts.values())
         model.zero_grad()
     tokens = recipe.steps * recipe.batch_size * recipe.length
     return Run(model, losses, tokens / seconds, evaluate(model, windows), share)
