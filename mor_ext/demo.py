@@ -7,6 +7,7 @@ text, and shows how many recursions each character took.
 import argparse
 import codecs
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from mor_ext.training import (
     evaluate,
     keep_freed_memory,
     read_text,
-    routing_share,
+    routing_shares,
     stdlib_text,
     train,
 )
@@ -52,7 +53,7 @@ VANILLA = MoRConfig(
     num_key_value_heads=2,
 )
 MODELS = {
-    "Mixture-of-Recursions": replace(VANILLA, num_recursions=RECURSIONS, routing="expert_choice"),
+    "MoR": replace(VANILLA, num_recursions=RECURSIONS, routing="expert_choice"),
     "vanilla": VANILLA,
 }
 
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_demo(text: Text, recipe: Recipe, out: Path, console: Console) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
     keep_freed_memory()
     windows = text.windows(recipe.length, count=64)
     bigram = bigram_nll(text, windows)
@@ -95,7 +97,7 @@ def run_demo(text: Text, recipe: Recipe, out: Path, console: Console) -> None:
         f"{len(text.train):,} bytes to learn from; {windows.numel():,} held-out bytes to score"
     )
     with Progress(
-        TextColumn("{task.description:22}"),
+        TextColumn("{task.description:8}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps, {task.fields[loss]:.2f} bits/byte"),
         TimeRemainingColumn(),
@@ -108,7 +110,7 @@ def run_demo(text: Text, recipe: Recipe, out: Path, console: Console) -> None:
         }
     console.print(table(runs, bigram))
 
-    mor = runs["Mixture-of-Recursions"]
+    mor = runs["MoR"]
     console.print(
         f"A token's depth depends on nothing after it; {mor.evaluation.agreement:.0%} of the "
         "held-out tokens get the depth that top-k over the sequence would give."
@@ -143,7 +145,8 @@ def run(
     batch = windows[: recipe.batch_size]
     share = None
     if config.routing != "none":
-        share = routing_share(model, lambda: model(batch, labels=batch).loss.backward())
+        parts = routing_shares(lambda: model(batch, labels=batch).loss.backward())
+        share = sum(parts.values())
         model.zero_grad()
     tokens = recipe.steps * recipe.batch_size * recipe.length
     return Run(model, losses, tokens / seconds, evaluate(model, windows), share)
@@ -151,9 +154,8 @@ def run(
 
 def table(runs: dict[str, Run], bigram: float) -> Table:
     result = Table(title="On held-out text, each token's depth chosen causally")
-    result.add_column("model")
-    for name in ("parameters", "loss", "bits/byte", "tokens/s", "depth", "layers", "routing"):
-        result.add_column(name, justify="right")
+    for name in ("", "parameters", "loss", "bits/byte", "tokens/s", "depth", "layers", "routing"):
+        result.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, r in runs.items():
         config, e = r.model.config, r.evaluation
         layers = config.unshared_layers + config.shared_layers * e.depth
@@ -163,16 +165,14 @@ def table(runs: dict[str, Run], bigram: float) -> Table:
             f"{e.nll:.3f}",
             f"{e.bits:.3f}",
             f"{r.tokens_per_second:,.0f}",
-            f"{e.depth:.2f} of {config.num_recursions}",
-            f"{layers:.1f} of {config.num_hidden_layers}",
+            f"{e.depth:.2f}/{config.num_recursions}",
+            f"{layers:.1f}/{config.num_hidden_layers}",
             "-" if r.routing is None else f"{r.routing:.1%}",
         )
-    result.add_row(
-        "byte bigram table", f"{256 * 256:,}", f"{bigram:.3f}", f"{bigram / math.log(2):.3f}"
-    )
+    result.add_row("byte bigrams", "65,536", f"{bigram:.3f}", f"{bigram / math.log(2):.3f}")
     result.caption = (
-        "loss in nats a byte; tokens/s in training; depth: recursions a token took; layers: "
-        "those it went through;\nrouting: share of a training step in router, gather and scatter"
+        "loss: nats a byte; tokens/s: in training; depth: recursions a token took;\n"
+        "layers: those it went through; routing: share of a training step"
     )
     return result
 
@@ -181,7 +181,8 @@ def characters(tokens: Tensor, depth: Tensor) -> list[tuple[str, int]]:
     """The characters of UTF-8 bytes, each with the depth of its last byte."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     pairs = zip(tokens.tolist(), depth.tolist(), strict=True)
-    return [(char, d) for byte, d in pairs for char in decoder.decode(bytes([byte]))]
+    decoded = [(char, d) for byte, d in pairs for char in decoder.decode(bytes([byte]))]
+    return [(char if char.isprintable() or char == "\n" else "\ufffd", d) for char, d in decoded]
 
 
 def coloured(tokens: Tensor, depth: Tensor) -> Line:

@@ -94,7 +94,7 @@ class MoRConfig:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads = "
+                "num_attention_heads must be a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}, got {self.num_attention_heads}"
             )
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

@@ -2,7 +2,7 @@
 
 from mor_ext.training.data import Text, bigram_nll, read_text, stdlib_text
 from mor_ext.training.loop import Evaluation, Recipe, evaluate, keep_freed_memory, train
-from mor_ext.training.profiling import routing_share
+from mor_ext.training.profiling import routing_shares
 
 __all__ = [
     "Evaluation",
@@ -12,7 +12,7 @@ __all__ = [
     "evaluate",
     "keep_freed_memory",
     "read_text",
-    "routing_share",
+    "routing_shares",
     "stdlib_text",
     "train",
 ]
