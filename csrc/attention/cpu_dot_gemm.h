@@ -15,11 +15,12 @@ struct DotGemm {
   using In = bfloat16;
   static constexpr int kExp2Degree = 4;  // 2.6e-6, far below the 2^-9 of a bf16 weight
   static constexpr int64_t kKeyBlock = 256;
-  static constexpr int kPanel = FmaGemm<float>::kPanel;
 #if defined(__AMX_BF16__)
+  static constexpr int kPanel = 16;  // a right-hand tile is one contiguous KiB
   static constexpr int kTileRows = 32;
 #else
-  static constexpr int kTileRows = 24;
+  static constexpr int kPanel = FmaGemm<float>::kPanel;
+  static constexpr int kTileRows = FmaGemm<float>::kTileRows;
 #endif
   static constexpr int kDepthMultiple = 32;  // the 64 bytes of a tile's row
   static constexpr int kColumnMultiple = 16;
@@ -38,42 +39,44 @@ struct DotGemm {
     std::fill(to + head_dim, to + padded, bfloat16{0});
   }
 
-  // A row's pairs are 32-bit words already: this is FmaGemm's packing with half the depth.
+  // A row's pairs are 32-bit words: packing them is packing a float row of half the length.
   template <typename RowAt>
   static Panels<In> pack_columns(RowAt row, int64_t count, int64_t head_dim, int64_t padded,
                                  In* to) {
     const auto pairs = [&](int64_t j) { return reinterpret_cast<const float*>(row(j)); };
-    FmaGemm<float>::pack_columns(pairs, count, head_dim / 2, padded / 2,
-                                 reinterpret_cast<float*>(to));
+    pack_as_columns<kPanel, float>(pairs, count, head_dim / 2, padded / 2,
+                                   reinterpret_cast<float*>(to));
     return {to, 2 * kPanel, padded * kPanel};
   }
 
-  // Interleaves rows 2 j and 2 j + 1; the depth from count to a multiple of kDepthMultiple is zero.
+  // Interleaves rows 2 j and 2 j + 1; the depth from count to a multiple of kDepthMultiple and the
+  // columns from head_dim to padded are zero.
   template <typename RowAt>
   static Panels<In> pack_depth(RowAt row, int64_t count, int64_t head_dim, int64_t padded, In* to) {
-    for (int64_t j = 0; j < count; j += 2) {
-      const bfloat16* even = row(j);
+    const int64_t depth = round_up(count, kDepthMultiple);
+    const int64_t panel_stride = depth * kPanel;
+    for (int64_t j = 0; j < depth; j += 2) {
+      const bfloat16* even = j < count ? row(j) : nullptr;
       const bfloat16* odd = j + 1 < count ? row(j + 1) : nullptr;
-      prefetch_row(row, j, count, head_dim);
-      prefetch_row(row, j + 1, count, head_dim);
-      In* pairs = to + j * padded;
+      for (int64_t ahead = j + kPrefetchRows; ahead < std::min(j + kPrefetchRows + 2, count);
+           ++ahead) {
+        prefetch_row(row(ahead), head_dim);
+      }
+      const auto word = [](const bfloat16* from, int64_t d, auto lanes) {
+        return from ? bits_as<UInt>(load_lanes(from + d, lanes)) : UInt{};
+      };
+      const auto at = [&](int64_t d) {
+        return to + d / kPanel * panel_stride + j * kPanel + 2 * (d % kPanel);
+      };
       for_each_vector<float>(head_dim, [&](int64_t d, auto lanes) {
-        const UInt low = bits_as<UInt>(load_lanes(even + d, lanes)) >> 16;
-        const UInt high = odd ? bits_as<UInt>(load_lanes(odd + d, lanes)) : UInt{};
-        const UInt both = low | high;
-        std::memcpy(pairs + 2 * d, &both, sizeof(both));
+        const UInt pairs = word(even, d, lanes) >> 16 | word(odd, d, lanes);
+        std::memcpy(at(d), &pairs, sizeof(pairs));
       });
-      const int64_t filled = 2 * round_up(head_dim, kLanes<float>);
-      std::fill(pairs + filled, pairs + 2 * padded, bfloat16{0});
+      for (int64_t d = round_up(head_dim, kLanes<float>); d < padded; d += kLanes<float>) {
+        std::memset(at(d), 0, sizeof(UInt));
+      }
     }
-    const int64_t packed = round_up(count, 2);
-    std::fill(to + packed * padded, to + round_up(count, kDepthMultiple) * padded, In{0});
-    return {to, 2 * padded, 2 * kPanel};
-  }
-
-  static void store_weights(In* to, vec_t<float> p) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)p);
-    std::memcpy(to, &narrow, sizeof(narrow));
+    return {to, 2 * kPanel, panel_stride};
   }
 
 #if defined(__AMX_BF16__)
@@ -95,15 +98,15 @@ struct DotGemm {
   template <bool kAccumulate>
   static void multiply(int64_t rows, int64_t columns, int64_t depth, Rows<In> a, Panels<In> b,
                        float* c, int64_t c_stride) {
-    for (int64_t c0 = 0; c0 < columns; c0 += 32) {
-      const In* panel = b.data + c0 / kPanel * b.panel_stride + 2 * (c0 % kPanel);
+    for (int64_t c0 = 0; c0 < columns; c0 += 2 * kPanel) {
+      const In* right = b.data + c0 / kPanel * b.panel_stride;
       for (int64_t r0 = 0; r0 < rows; r0 += 32) {
         const Rows<In> left{a.data + r0 * a.row_stride, a.row_stride};
         float* to = c + r0 * c_stride + c0;
-        if (columns - c0 > 16) {
-          multiply_tiles<kAccumulate, true>(depth, left, panel, b.row_stride, to, c_stride);
+        if (c0 + kPanel < columns) {
+          multiply_tiles<kAccumulate, true>(depth, left, right, b.panel_stride, to, c_stride);
         } else {
-          multiply_tiles<kAccumulate, false>(depth, left, panel, b.row_stride, to, c_stride);
+          multiply_tiles<kAccumulate, false>(depth, left, right, b.panel_stride, to, c_stride);
         }
       }
     }
@@ -112,9 +115,10 @@ struct DotGemm {
  private:
   // Two tiles down and, if kWide, two across.
   template <bool kAccumulate, bool kWide>
-  static void multiply_tiles(int64_t depth, Rows<In> a, const In* b, int64_t b_stride, float* c,
+  static void multiply_tiles(int64_t depth, Rows<In> a, const In* b, int64_t panel_stride, float* c,
                              int64_t c_stride) {
-    const int64_t a_bytes = a.row_stride * 2, b_bytes = b_stride * 2, c_bytes = c_stride * 4;
+    constexpr int64_t kRowBytes = 64;
+    const int64_t a_bytes = a.row_stride * 2, c_bytes = c_stride * 4;
     float* lower = c + 16 * c_stride;
     if constexpr (kAccumulate) {
       _tile_loadd(0, c, c_bytes);
@@ -130,14 +134,14 @@ struct DotGemm {
       _tile_zero(3);
     }
     for (int64_t k = 0; k < depth; k += 32) {
-      const In* right = b + k / 2 * b_stride;
+      const In* right = b + k * kPanel;
       _tile_loadd(4, a.data + k, a_bytes);
       _tile_loadd(5, a.data + k + 16 * a.row_stride, a_bytes);
-      _tile_loadd(6, right, b_bytes);
+      _tile_loadd(6, right, kRowBytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kWide) {
-        _tile_loadd(7, right + 32, b_bytes);
+        _tile_loadd(7, right + panel_stride, kRowBytes);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }

@@ -55,6 +55,7 @@ class ForwardTask {
   using Vec = vec_t<Acc>;
   static constexpr int64_t kWidth = kLanes<Acc>;
   static constexpr int64_t kKeyBlock = Gemm::kKeyBlock;
+  static_assert(kKeyBlock % Gemm::kPanel == 0);
   // Rows of a tile a cache line more than a power of two apart: no two share their cache sets.
   static constexpr int64_t kScoreStride = kKeyBlock + 64 / sizeof(Acc);
   static constexpr int64_t kWeightStride = kKeyBlock + 64 / sizeof(In);
@@ -72,14 +73,15 @@ class ForwardTask {
     const int64_t padded_rows = round_up(rows, Gemm::kTileRows);
     thread_local Scratch scratch;
     scratch.reset(Scratch::bytes_for<In>(padded_rows * padded_) +
-                  Scratch::bytes_for<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_) * 2 +
+                  Scratch::bytes_for<In>(kKeyBlock * padded_) +
+                  Scratch::bytes_for<In>(kKeyBlock * round_up(padded_, Gemm::kPanel)) +
                   Scratch::bytes_for<Acc>(Gemm::kTileRows * kScoreStride) +
                   Scratch::bytes_for<In>(Gemm::kTileRows * kWeightStride) +
                   Scratch::bytes_for<Acc>(padded_rows * padded_) +
                   Scratch::bytes_for<Acc>(padded_rows) * 2);
     query_ = scratch.take<In>(padded_rows * padded_);
-    key_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
-    value_ = scratch.take<In>(round_up(kKeyBlock, Gemm::kPanel) * padded_);
+    key_ = scratch.take<In>(kKeyBlock * padded_);
+    value_ = scratch.take<In>(kKeyBlock * round_up(padded_, Gemm::kPanel));
     scores_ = scratch.take<Acc>(Gemm::kTileRows * kScoreStride);
     weights_ = scratch.take<In>(Gemm::kTileRows * kWeightStride);
     sum_ = scratch.take<Acc>(padded_rows * padded_);
@@ -87,6 +89,9 @@ class ForwardTask {
     denominator_ = scratch.take<Acc>(padded_rows);
 
     for (int64_t r = 0; r < padded_rows; ++r) {
+      if (r + kPrefetchRows < rows) {
+        prefetch_row(seq.query(row0 + r + kPrefetchRows), p.head_dim);
+      }
       if (r < rows) {
         Gemm::pack_row(seq.query(row0 + r), p.head_dim, padded_, scale_.sign, query_ + r * padded_);
       } else {
@@ -111,6 +116,7 @@ class ForwardTask {
         const int64_t tile_rows = std::min<int64_t>(Gemm::kTileRows, rows_ - r);
         const int64_t limit = seq_.limit(row0_ + r + tile_rows - 1);
         if (limit > key0) {
+          prefetch_share(key0 + kKeyBlock, r / Gemm::kTileRows, end);
           attend_tile(r, tile_rows, key0, std::min(keys, limit - key0), key, value);
         }
       }
@@ -170,6 +176,16 @@ class ForwardTask {
     return round_up(head_dim, std::max(Gemm::kDepthMultiple, Gemm::kColumnMultiple));
   }
 
+  // Asks for one tile's share of the keys and values from next on, the block that comes after.
+  void prefetch_share(int64_t next, int64_t tile, int64_t end) const {
+    const int64_t share = ceil_div(kKeyBlock * Gemm::kTileRows, rows_);
+    const int64_t begin = next + tile * share;
+    for (int64_t j = begin; j < std::min({begin + share, next + kKeyBlock, end}); ++j) {
+      prefetch_row(seq_.key(j), p_.head_dim);
+      prefetch_row(seq_.value(j), p_.head_dim);
+    }
+  }
+
   void attend_tile(int64_t r, int64_t tile_rows, int64_t key0, int64_t keys, Panels<In> key,
                    Panels<In> value) {
     // Columns past the keys count as unseen ones: their scores are masked, their weights are 0.
@@ -201,7 +217,7 @@ class ForwardTask {
       const Vec weight =
           exp2_nonpositive<Acc, Gemm::kExp2Degree>(load<Acc>(scores + j) * scale_.factor - shift);
       total += weight;
-      Gemm::store_weights(weights + j, weight);
+      store<In>(weights + j, weight);
     }
     const Acc old = exp2_nonpositive<Acc>(splat(max_[row] * scale_.factor - shift))[0];
     if (old != 1) {

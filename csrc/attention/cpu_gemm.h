@@ -13,16 +13,47 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// The rows of one head lie too far apart for the hardware to foresee: asks for the row that will
-// be packed a little later.
-template <typename RowAt>
-inline void prefetch_row(RowAt row, int64_t j, int64_t count, int64_t head_dim) {
-  constexpr int64_t kAhead = 24;
-  if (j + kAhead < count) {
-    const auto* line = reinterpret_cast<const char*>(row(j + kAhead));
-    const auto bytes = head_dim * static_cast<int64_t>(sizeof(*row(j)));
-    for (int64_t at = 0; at < bytes; at += 64) {
-      __builtin_prefetch(line + at);
+// The rows of one head lie too far apart for the hardware to foresee them.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t head_dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < head_dim; d += kLine) {
+    __builtin_prefetch(row + d);
+  }
+}
+
+// How many rows ahead of the one that is packed.
+inline constexpr int64_t kPrefetchRows = 24;
+
+// Rows as the columns of a right-hand matrix in panels of kPanel columns: row(j) points to row j of
+// head_dim elements of T; the depth from head_dim to padded and the columns from count to the end
+// of the last panel are zero.
+template <int64_t kPanel, typename T, typename RowAt>
+void pack_as_columns(RowAt row, int64_t count, int64_t head_dim, int64_t padded,
+                     accumulate_t<T>* to) {
+  using Acc = accumulate_t<T>;
+  constexpr int64_t kWidth = kLanes<Acc>;
+  for (int64_t j0 = 0; j0 < round_up(count, kPanel); j0 += kWidth) {
+    const T* rows[kWidth];
+    for (int64_t j = 0; j < kWidth; ++j) {
+      rows[j] = j0 + j < count ? row(j0 + j) : nullptr;
+      if (j0 + j + kPrefetchRows < count) {
+        prefetch_row(row(j0 + j + kPrefetchRows), head_dim);
+      }
+    }
+    Acc* columns = to + j0 / kPanel * kPanel * padded + j0 % kPanel;
+    for_each_vector<Acc>(head_dim, [&](int64_t d, auto lanes) {
+      vec_t<Acc> square[kWidth];
+      for (int64_t j = 0; j < kWidth; ++j) {
+        square[j] = rows[j] ? load_lanes(rows[j] + d, lanes) : vec_t<Acc>{};
+      }
+      transpose(square);
+      for (int64_t i = 0; i < lanes; ++i) {
+        store<Acc>(columns + (d + i) * kPanel, square[i]);
+      }
+    });
+    for (int64_t d = head_dim; d < padded; ++d) {
+      store<Acc>(columns + d * kPanel, vec_t<Acc>{});
     }
   }
 }
@@ -51,33 +82,11 @@ struct FmaGemm {
     std::fill(to + head_dim, to + padded, Acc{0});
   }
 
-  // Rows as the columns of a right-hand matrix (K and V in Q K^T and dO V^T): row(j) points to
-  // row j; the columns from count to the end of the last panel are zero.
+  // Rows as the columns of a right-hand matrix (K and V in Q K^T and dO V^T).
   template <typename RowAt>
   static Panels<In> pack_columns(RowAt row, int64_t count, int64_t head_dim, int64_t padded,
                                  In* to) {
-    constexpr int64_t kWidth = kLanes<Acc>;
-    for (int64_t j0 = 0; j0 < round_up(count, kPanel); j0 += kWidth) {
-      const T* rows[kWidth];
-      for (int64_t j = 0; j < kWidth; ++j) {
-        rows[j] = j0 + j < count ? row(j0 + j) : nullptr;
-        prefetch_row(row, j0 + j, count, head_dim);
-      }
-      In* columns = to + j0 / kPanel * kPanel * padded + j0 % kPanel;
-      for_each_vector<Acc>(head_dim, [&](int64_t d, auto lanes) {
-        vec_t<Acc> square[kWidth];
-        for (int64_t j = 0; j < kWidth; ++j) {
-          square[j] = rows[j] ? load_lanes(rows[j] + d, lanes) : vec_t<Acc>{};
-        }
-        transpose(square);
-        for (int64_t i = 0; i < lanes; ++i) {
-          store<Acc>(columns + (d + i) * kPanel, square[i]);
-        }
-      });
-      for (int64_t d = head_dim; d < padded; ++d) {
-        store<Acc>(columns + d * kPanel, vec_t<Acc>{});
-      }
-    }
+    pack_as_columns<kPanel, T>(row, count, head_dim, padded, to);
     return {to, kPanel, padded * kPanel};
   }
 
@@ -85,13 +94,13 @@ struct FmaGemm {
   template <typename RowAt>
   static Panels<In> pack_depth(RowAt row, int64_t count, int64_t head_dim, int64_t padded, In* to) {
     for (int64_t j = 0; j < count; ++j) {
-      prefetch_row(row, j, count, head_dim);
+      if (j + kPrefetchRows < count) {
+        prefetch_row(row(j + kPrefetchRows), head_dim);
+      }
       pack_row(row(j), head_dim, padded, Acc{1}, to + j * padded);
     }
     return {to, padded, kPanel};
   }
-
-  static void store_weights(In* to, vec_t<Acc> p) { store<Acc>(to, p); }
 
   // c[rows, columns] (+)= a[rows, depth] b[depth, columns].
   template <bool kAccumulate>
