@@ -9,9 +9,18 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class FreshBuild(build):
+    """Starts from an empty folder: setuptools would ship modules that are no longer there."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -43,4 +52,7 @@ class CMakeBuild(build_ext):
 
 
 # The extension's name only tells setuptools that the wheel is not pure Python.
-setup(ext_modules=[Extension("mor_ext._engine", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("mor_ext._engine", [])],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)
