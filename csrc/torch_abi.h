@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -233,11 +234,17 @@ class Checks {
   // Elements of a contiguous index in [low, high).
   void within(const char* argument, const int32_t* values, int64_t count, int64_t low,
               int64_t high) const {
+    int32_t smallest = std::numeric_limits<int32_t>::max();
+    int32_t largest = std::numeric_limits<int32_t>::min();
     for (int64_t i = 0; i < count; ++i) {
-      if (values[i] < low || values[i] >= high) {
-        fail(argument, str("in [", low, ", ", high, ") in every element"),
-             str(values[i], " at element ", i));
-      }
+      smallest = std::min(smallest, values[i]);
+      largest = std::max(largest, values[i]);
+    }
+    if (count > 0 && (smallest < low || largest >= high)) {
+      const auto wrong = [&](int32_t value) { return value < low || value >= high; };
+      const int32_t* bad = std::find_if(values, values + count, wrong);
+      fail(argument, str("in [", low, ", ", high, ") in every element"),
+           str(*bad, " at element ", bad - values));
     }
   }
 

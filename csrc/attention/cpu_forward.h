@@ -89,6 +89,9 @@ class ForwardTask {
     denominator_ = scratch.take<Acc>(padded_rows);
 
     for (int64_t r = 0; r < padded_rows; ++r) {
+      if (r + kPrefetchRows < rows) {
+        prefetch_row(seq.query(row0 + r + kPrefetchRows), p.head_dim);
+      }
       if (r < rows) {
         Gemm::pack_row(seq.query(row0 + r), p.head_dim, padded_, scale_.sign, query_ + r * padded_);
       } else {
@@ -214,7 +217,7 @@ class ForwardTask {
       const Vec weight =
           exp2_nonpositive<Acc, Gemm::kExp2Degree>(load<Acc>(scores + j) * scale_.factor - shift);
       total += weight;
-      Gemm::store_weights(weights + j, weight);
+      store<In>(weights + j, weight);
     }
     const Acc old = exp2_nonpositive<Acc>(splat(max_[row] * scale_.factor - shift))[0];
     if (old != 1) {

@@ -73,10 +73,14 @@ inline vec_t<float> widen(Half half, bfloat16) {
 }
 
 inline Half narrow(vec_t<float> x, bfloat16) {
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh((__m512)x);  // denormals become 0
+#else
   const UInt u = bits_as<UInt>(x);
   const UInt rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UInt quiet_nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(x == x ? rounded : quiet_nan, Half);
+#endif
 }
 
 inline vec_t<float> widen(Half half, float16) {
@@ -261,27 +265,37 @@ inline A max_lanes(vec_t<A> x) {
 // Outputs larger than this are written past the cache: they would evict it and be evicted.
 inline constexpr int64_t kStreamBytes = 4 << 20;
 
+// Stores one vector's bytes to an address aligned to them.
+inline void stream_store(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(to),
+                      _mm256_loadu_si256(static_cast<const __m256i*>(from)));
+#elif defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+#else
+  std::memcpy(to, from, kVectorBytes);
+#endif
+}
+
 // Copies bytes with non-temporal stores where the machine has them. fence() before the data is
 // read by another thread.
 inline void stream_copy(void* to, const void* from, int64_t bytes) {
-#if defined(__x86_64__)
+  constexpr int64_t kLine = 64;
   auto* out = static_cast<char*>(to);
   const auto* in = static_cast<const char*>(from);
-  const int64_t head = (64 - (reinterpret_cast<uintptr_t>(out) & 63)) & 63;
-  if (bytes >= head + 64) {
+  const int64_t head = (kLine - (reinterpret_cast<uintptr_t>(out) & (kLine - 1))) & (kLine - 1);
+  if (bytes >= head + kLine) {
     std::memcpy(out, in, static_cast<size_t>(head));
     out += head, in += head, bytes -= head;
-    for (; bytes >= 64; out += 64, in += 64, bytes -= 64) {
-      for (int i = 0; i < 64; i += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    for (; bytes >= kLine; out += kLine, in += kLine, bytes -= kLine) {
+      for (int64_t i = 0; i < kLine; i += kVectorBytes) {
+        stream_store(out + i, in + i);
       }
     }
   }
   std::memcpy(out, in, static_cast<size_t>(bytes));
-#else
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-#endif
 }
 
 inline void fence() {

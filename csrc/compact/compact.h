@@ -19,6 +19,9 @@ MOR_DECLARE_CPU_KERNEL(gather_rms_norm_bwd, GatherRmsNormBwdParams)
 // Rows are named by int32.
 inline constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 
+// Far above any model; keeps a wrong number from asking for all memory.
+inline constexpr int64_t kMaxRecursions = 1024;
+
 inline void check_rows(const Checks& check, const char* argument, const Tensor& x) {
   check.floating(argument, x);
   check.require(x.dim() >= 1, argument, "of shape [N, ...]", shape_str(x));

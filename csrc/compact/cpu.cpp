@@ -79,6 +79,23 @@ struct DenseGate {
   Gate gate{nullptr, DType::kFloat32};
 };
 
+// Whether elements of the tensor may share memory.
+bool overlapping(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // offset of the last element, as far as the dimensions are gone through
+  for (const auto& [stride, size] : dims) {
+    if (size > 1 && stride <= reach) {
+      return true;
+    }
+    reach += (size - 1) * stride;
+  }
+  return false;
+}
+
 // The bytes from a tensor's first element to its last.
 std::pair<const char*, const char*> extent(const Tensor& tensor) {
   int64_t last = 0;
@@ -106,13 +123,14 @@ std::tuple<Tensor, Tensor> compact_depth(const Tensor& depth, const Tensor& cu_s
   check.int32_vector("cu_seqlens", cu_seqlens, -1, "[batch + 1]");
   check.require(cu_seqlens.numel() > 0, "cu_seqlens", "of shape [batch + 1]",
                 shape_str(cu_seqlens));
-  check.require(num_recursions >= 1, "num_recursions", "at least 1", num_recursions);
+  check.require(num_recursions >= 1 && num_recursions <= kMaxRecursions, "num_recursions",
+                str("in [1, ", kMaxRecursions, "]"), num_recursions);
   const int64_t rows = depth.numel(), batch = cu_seqlens.numel() - 1;
   const Tensor dense_depth = dense(depth), dense_lengths = dense(cu_seqlens);
   const auto* depths = dense_depth.const_data_ptr<int32_t>();
   const auto* start = dense_lengths.const_data_ptr<int32_t>();
   check.cumulative("cu_seqlens", start, batch, rows);
-  check.within("depth", depths, rows, 0, std::min(num_recursions, kMaxRows - 1) + 1);
+  check.within("depth", depths, rows, 0, num_recursions + 1);
 
   Tensor index = new_tensor(depth, {num_recursions, rows});
   Tensor cu_seqlens_out = new_tensor(depth, {num_recursions, batch + 1});
@@ -191,10 +209,7 @@ void scatter_tokens_(Tensor x, const Tensor& update, const Tensor& index,
                      const std::optional<Tensor>& gate) {
   const Checks check("scatter_tokens_");
   check_rows(check, "x", x);
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    check.require(x.size(d) <= 1 || x.stride(d) > 0, "x", "written once an element",
-                  "an expanded tensor");
-  }
+  check.require(!overlapping(x), "x", "of elements that share no memory", "an expanded tensor");
   const Index rows(check, index, x.size(0));
   check_rows_like(check, "update", update, rows.count, x);
   const DenseGate gates(check, gate, rows.count, x);

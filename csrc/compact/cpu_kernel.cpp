@@ -3,15 +3,11 @@
 
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "compact/cpu_rows.h"
 #include "compact/params.h"
 
 namespace mor::MOR_ISA {
 namespace {
-
-// Rows that a thread takes at least: some 64 KiB of them.
-int64_t row_grain(int64_t row_bytes) {
-  return 1 + 65536 / (row_bytes + 1);
-}
 
 template <typename T>
 accumulate_t<T> gate_at(const Gate& gate, int64_t i) {
@@ -32,29 +28,49 @@ void add_scaled(T* out, const T* x, const T* update, accumulate_t<T> factor, int
   });
 }
 
-template <typename T>
-void zero_row(T* row, int64_t size) {
-  std::memset(row, 0, static_cast<size_t>(size) * sizeof(T));
+// Rows of one element, E by its size.
+template <typename E>
+void gather_elements(const GatherTokensParams& p) {
+  parallel_for(p.count, row_grain(sizeof(E)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t row = p.index[i];
+      static_cast<E*>(p.out)[i] = row < 0 ? E{} : static_cast<const E*>(p.x)[row * p.row_stride];
+    }
+  });
 }
 
-template <typename T>
-void copy_row(T* to, const T* from, int64_t size) {
-  std::memcpy(to, from, static_cast<size_t>(size) * sizeof(T));
+void gather_rows(const GatherTokensParams& p) {
+  const int64_t row_bytes = p.row_size * p.element_bytes;
+  const int64_t stride_bytes = p.row_stride * p.element_bytes;
+  const RowWriter writer(p.count * row_bytes);
+  parallel_for(p.count, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      char* out = static_cast<char*>(p.out) + i * row_bytes;
+      if (p.index[i] < 0) {
+        writer.zero(out, row_bytes);
+      } else {
+        writer.copy(out, static_cast<const char*>(p.x) + p.index[i] * stride_bytes, row_bytes);
+      }
+    }
+    writer.finish();
+  });
 }
 
 template <typename T>
 void gather_tokens_bwd_of(const GatherTokensBwdParams& p) {
   using A = accumulate_t<T>;
+  const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
   const auto* grad = static_cast<const T*>(p.grad);
   const auto [first, next] = p.inverse;
-  parallel_for(p.num_rows, row_grain(p.row_size * sizeof(T)), [&](int64_t begin, int64_t end) {
+  const RowWriter writer(p.num_rows * row_bytes);
+  parallel_for(p.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* out = static_cast<T*>(p.grad_x) + row * p.row_size;
       const int32_t entry = first[row];
       if (entry < 0) {
-        zero_row(out, p.row_size);
+        writer.zero(out, p.row_size);
       } else if (next[entry] < 0) {
-        copy_row(out, grad + entry * p.grad_stride, p.row_size);
+        writer.copy(out, grad + entry * p.grad_stride, p.row_size);
       } else {
         for_each_vector<A>(p.row_size, [&](int64_t i, auto lanes) {
           vec_t<A> sum{};
@@ -65,29 +81,37 @@ void gather_tokens_bwd_of(const GatherTokensBwdParams& p) {
         });
       }
     }
+    writer.finish();
   });
 }
 
 template <typename T>
 void scatter_tokens_of(const ScatterTokensParams& p) {
-  parallel_for(p.num_rows, row_grain(p.row_size * sizeof(T)), [&](int64_t begin, int64_t end) {
+  const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
+  const RowWriter writer(p.num_rows * row_bytes);
+  parallel_for(p.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* out = static_cast<T*>(p.out) + row * p.row_size;
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
       const int32_t entry = p.source[row];
       if (entry < 0) {
-        copy_row(out, x, p.row_size);
-      } else {
-        const T* update = static_cast<const T*>(p.update) + entry * p.update_stride;
-        add_scaled(out, x, update, gate_at<T>(p.gate, entry), p.row_size);
+        writer.copy(out, x, p.row_size);
+        continue;
       }
+      const T* update = static_cast<const T*>(p.update) + entry * p.update_stride;
+      const accumulate_t<T> gate = gate_at<T>(p.gate, entry);
+      writer.compute(out, p.row_size, [&](T* to, int64_t i, int64_t count) {
+        add_scaled(to, x + i, update + i, gate, count);
+      });
     }
+    writer.finish();
   });
 }
 
 template <typename T>
 void scatter_tokens_inplace_of(const ScatterTokensInplaceParams& p) {
-  parallel_for(p.count, row_grain(p.row_size * sizeof(T)), [&](int64_t begin, int64_t end) {
+  const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
+  parallel_for(p.count, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (p.index[i] >= 0) {
         T* x = static_cast<T*>(p.x) + p.index[i] * p.x_stride;
@@ -98,45 +122,58 @@ void scatter_tokens_inplace_of(const ScatterTokensInplaceParams& p) {
   });
 }
 
-// Gradients of one entry: grad_update = gate * grad, returned is the dot product grad * update.
 template <typename T>
-accumulate_t<T> scatter_row_bwd(const T* grad, const T* update, accumulate_t<T> gate,
-                                T* grad_update, int64_t size) {
-  using A = accumulate_t<T>;
-  vec_t<A> dot{};
-  for_each_vector<A>(size, [&](int64_t i, auto lanes) {
-    const vec_t<A> g = load_lanes(grad + i, lanes);
-    store_lanes(grad_update + i, gate * g, lanes);
-    if (update != nullptr) {
-      dot += g * load_lanes(update + i, lanes);
-    }
+void scale(T* out, const T* x, accumulate_t<T> factor, int64_t size) {
+  for_each_vector<accumulate_t<T>>(size, [&](int64_t i, auto lanes) {
+    store_lanes(out + i, factor * load_lanes(x + i, lanes), lanes);
   });
-  return sum_lanes<A>(dot);
+}
+
+template <typename T>
+accumulate_t<T> dot(const T* a, const T* b, int64_t size) {
+  using A = accumulate_t<T>;
+  vec_t<A> sum{};
+  for_each_vector<A>(size, [&](int64_t i, auto lanes) {
+    sum += load_lanes(a + i, lanes) * load_lanes(b + i, lanes);
+  });
+  return sum_lanes<A>(sum);
+}
+
+template <typename T>
+void store_grad_gate(const ScatterTokensBwdParams& p, int64_t i, accumulate_t<T> value) {
+  if (p.gate.dtype == DType::kFloat32) {
+    static_cast<float*>(p.grad_gate)[i] = static_cast<float>(value);
+  } else {
+    store_scalar(static_cast<T*>(p.grad_gate) + i, value);
+  }
 }
 
 template <typename T>
 void scatter_tokens_bwd_of(const ScatterTokensBwdParams& p) {
-  parallel_for(p.count, row_grain(p.row_size * sizeof(T)), [&](int64_t begin, int64_t end) {
+  const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
+  const RowWriter writer(p.count * row_bytes);
+  parallel_for(p.count, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* grad_update = static_cast<T*>(p.grad_update) + i * p.row_size;
       accumulate_t<T> grad_gate = 0;
       if (p.index[i] < 0) {
-        zero_row(grad_update, p.row_size);
+        writer.zero(grad_update, p.row_size);
       } else {
         const T* grad = static_cast<const T*>(p.grad) + p.index[i] * p.grad_stride;
-        const T* update =
-            p.update ? static_cast<const T*>(p.update) + i * p.update_stride : nullptr;
-        grad_gate = scatter_row_bwd(grad, update, gate_at<T>(p.gate, i), grad_update, p.row_size);
+        const accumulate_t<T> gate = gate_at<T>(p.gate, i);
+        writer.compute(grad_update, p.row_size, [&](T* to, int64_t begin, int64_t count) {
+          scale(to, grad + begin, gate, count);
+        });
+        if (p.update != nullptr) {
+          const T* update = static_cast<const T*>(p.update) + i * p.update_stride;
+          grad_gate = dot(grad, update, p.row_size);
+        }
       }
-      if (p.update == nullptr) {
-        continue;
-      }
-      if (p.gate.dtype == DType::kFloat32) {
-        static_cast<float*>(p.grad_gate)[i] = static_cast<float>(grad_gate);
-      } else {
-        store_scalar(static_cast<T*>(p.grad_gate) + i, grad_gate);
+      if (p.update != nullptr) {
+        store_grad_gate<T>(p, i, grad_gate);
       }
     }
+    writer.finish();
   });
 }
 
@@ -167,27 +204,17 @@ void compact_depth(const CompactDepthParams& p) {
 }
 
 void gather_tokens(const GatherTokensParams& p) {
-  const int64_t row_bytes = p.row_size * p.element_bytes;
-  const bool stream = p.count * row_bytes > kStreamBytes;
-  const auto* x = static_cast<const char*>(p.x);
-  auto* out = static_cast<char*>(p.out);
-  parallel_for(p.count, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (p.index[i] < 0) {
-        std::memset(out + i * row_bytes, 0, static_cast<size_t>(row_bytes));
-        continue;
-      }
-      const char* row = x + p.index[i] * p.row_stride * p.element_bytes;
-      if (stream) {
-        stream_copy(out + i * row_bytes, row, row_bytes);
-      } else {
-        std::memcpy(out + i * row_bytes, row, static_cast<size_t>(row_bytes));
-      }
-    }
-    if (stream) {
-      fence();
-    }
-  });
+  if (p.row_size != 1) {
+    return gather_rows(p);
+  }
+  switch (p.element_bytes) {
+    case 2:
+      return gather_elements<uint16_t>(p);
+    case 4:
+      return gather_elements<uint32_t>(p);
+    default:
+      return gather_elements<uint64_t>(p);
+  }
 }
 
 void gather_tokens_bwd(const GatherTokensBwdParams& p) {

@@ -3,6 +3,7 @@
 
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "compact/cpu_rows.h"
 #include "compact/params.h"
 
 namespace mor::MOR_ISA {
@@ -36,38 +37,44 @@ struct RmsNorm {
   }
 
   static void forward(const GatherRmsNormParams& p) {
-    const int64_t size = p.row_size;
-    parallel_for(p.count, 1 + 16384 / (size + 1), [&](int64_t begin, int64_t end) {
+    const int64_t size = p.row_size, row_bytes = size * static_cast<int64_t>(sizeof(T));
+    const RowWriter writer(p.count * row_bytes);
+    parallel_for(p.count, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T* row = static_cast<T*>(p.rows) + i * size;
         T* normed = static_cast<T*>(p.normed) + i * size;
-        A& rstd = static_cast<A*>(p.rstd)[i];
+        A rstd = 0;
         if (p.index[i] < 0) {
-          std::memset(row, 0, static_cast<size_t>(size) * sizeof(T));
-          std::memset(normed, 0, static_cast<size_t>(size) * sizeof(T));
-          rstd = 0;
+          writer.zero(row, size);
+          writer.zero(normed, size);
         } else {
           const T* x = static_cast<const T*>(p.x) + p.index[i] * p.x_stride;
-          std::memcpy(row, x, static_cast<size_t>(size) * sizeof(T));
-          rstd = normalize(x, static_cast<const W*>(p.weight), p.eps, normed, size);
+          rstd = reciprocal_rms(x, p.eps, size);
+          writer.copy(row, x, size);
+          writer.compute(normed, size, [&](T* to, int64_t begin, int64_t count) {
+            scale(to, x + begin, rstd, static_cast<const W*>(p.weight) + begin, count);
+          });
         }
+        static_cast<A*>(p.rstd)[i] = rstd;
       }
+      writer.finish();
     });
   }
 
-  static A normalize(const T* x, const W* weight, double eps, T* normed, int64_t size) {
+  static A reciprocal_rms(const T* x, double eps, int64_t size) {
     vec_t<A> squares{};
     for_each_vector<A>(size, [&](int64_t i, auto lanes) {
       const vec_t<A> v = load_lanes(x + i, lanes);
       squares += v * v;
     });
-    const A mean = sum_lanes<A>(squares) / static_cast<A>(size);
-    const A rstd = A{1} / std::sqrt(mean + static_cast<A>(eps));
+    return A{1} / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(size) + static_cast<A>(eps));
+  }
+
+  static void scale(T* out, const T* x, A factor, const W* weight, int64_t size) {
     for_each_vector<A>(size, [&](int64_t i, auto lanes) {
-      store_lanes(normed + i, load_lanes(x + i, lanes) * rstd * load_weight(weight + i, lanes),
+      store_lanes(out + i, load_lanes(x + i, lanes) * factor * load_weight(weight + i, lanes),
                   lanes);
     });
-    return rstd;
   }
 
   // Adds the entry's share to grad_weight and hands its share of grad_x to

@@ -14,7 +14,7 @@ def compact_depth(depth: Tensor, cu_seqlens: Tensor, num_recursions: int) -> tup
     Args:
         depth: int32 ``[N]``, in ``[0, num_recursions]``: how many recursions a token takes.
         cu_seqlens: int32 ``[batch + 1]``, cumulative lengths of the sequences in tokens.
-        num_recursions: number of recursions, at least 1.
+        num_recursions: number of recursions, in [1, 1024].
 
     Returns:
         index int32 ``[num_recursions, N]``: row r lists, ascending, the rows with depth > r, then
