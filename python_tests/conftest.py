@@ -1,6 +1,10 @@
 """Fixtures that every test file shares."""
 
+import os
 import random
+
+# The tests' many small ops would otherwise spin on cores that another process could use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
