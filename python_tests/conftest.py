@@ -1,6 +1,7 @@
 """Fixtures that every test file shares."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,3 +14,12 @@ def seed() -> int:
     print(f"seed = {value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny tensors, where threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
