@@ -33,6 +33,7 @@ from mor_ext.training import (
 
 try:
     import matplotlib
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -153,7 +154,7 @@ def run(
 
 
 def table(runs: dict[str, Run], bigram: float) -> Table:
-    result = Table(title="On held-out text, each token's depth chosen causally")
+    result = Table(title="On held-out text, each token's depth chosen causally", box=SIMPLE_HEAD)
     for name in ("", "parameters", "loss", "bits/byte", "tokens/s", "depth", "layers", "routing"):
         result.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, r in runs.items():
@@ -169,7 +170,7 @@ def table(runs: dict[str, Run], bigram: float) -> Table:
             f"{layers:.1f}/{config.num_hidden_layers}",
             "-" if r.routing is None else f"{r.routing:.1%}",
         )
-    result.add_row("byte bigrams", "65,536", f"{bigram:.3f}", f"{bigram / math.log(2):.3f}")
+    result.add_row("byte bigram", "65,536", f"{bigram:.3f}", f"{bigram / math.log(2):.3f}")
     result.caption = (
         "loss: nats a byte; tokens/s: in training; depth: recursions a token took;\n"
         "layers: those it went through; routing: share of a training step"

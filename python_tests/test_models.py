@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mor_ext.inference import PagedKV, generate
 from mor_ext.models import MoRConfig, MoRForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"cycle": 6, "sequence": 6, "middle_cycle": 8, "middle_sequence": 8}
 VARIANTS = [
     (routing, kv_strategy)

@@ -19,6 +19,7 @@ from mor_ext.training import (
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAKESPEARE = Path(__file__).parents[2] / "shared/data/tinyshakespeare/input.txt"
 
 
@@ -43,7 +44,7 @@ def learns_more_than_byte_pairs(data: bytes) -> None:
     windows = text.windows(128, count=64)
     torch.manual_seed(0)
     model = shallow()
-    losses = list(train(model, text, Recipe(150, 16, 128, learning_rate=6e-3)))
+    losses = list(train(model, text, Recipe(120, 16, 128, learning_rate=6e-3)))
     result = evaluate(model, windows)
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
     assert result.nll < bigram_nll(text, windows)
@@ -66,8 +67,8 @@ def test_every_variant_learns_one_batch(routing, kv_strategy):
     text = Text.split(b"the quick brown fox jumps over the lazy dog " * 4)
     torch.manual_seed(0)
     model = shallow(hidden_size=48, num_attention_heads=3, routing=routing, kv_strategy=kv_strategy)
-    losses = list(train(model, text, Recipe(60, 4, 40, learning_rate=6e-3)))
-    assert losses[0] > 5 and losses[-1] < 0.5
+    losses = list(train(model, text, Recipe(50, 2, 40, learning_rate=1e-2)))
+    assert losses[0] > 5 and losses[-1] < 1
 
 
 def test_training_repeats_with_the_seed():
