@@ -1,0 +1,612 @@
+"""compact_depth, gather, scatter and gather_rms_norm against the reference, and their gradients."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import DTYPES, LENGTHS, assert_accurate, assert_bitwise, cu_seqlens_of, scaled_atol
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mor_ext import ops
+from mor_ext.reference import compact as reference
+
+mor = torch.ops.mor
+EPS = 1e-5
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def random_index(num_rows: int, active: str, padding: bool = True) -> Tensor:
+    """Unique rows in random order, among them some -1."""
+    count = {"none": 0, "some": (num_rows + 1) // 2, "all": num_rows}[active]
+    rows = torch.randperm(num_rows)[:count]
+    index = torch.cat([rows, torch.full((3 if padding else 0,), -1)])
+    return index[torch.randperm(len(index))].int()
+
+
+def repeating_index(num_rows: int, count: int) -> Tensor:
+    """Rows that may repeat, and -1."""
+    return torch.randint(-1, num_rows, (count,)).int()
+
+
+def scatter_inputs(
+    num_rows: int, row_shape: tuple[int, ...], dtype: torch.dtype, gate: str, active: str = "some"
+) -> tuple[Any, ...]:
+    index = random_index(num_rows, active)
+    gates = {"none": None, "float32": torch.randn(len(index))}
+    x = torch.randn(num_rows, *row_shape).to(dtype)
+    update = torch.randn(len(index), *row_shape).to(dtype)
+    return x, update, index, gates.get(gate, torch.randn(len(index)).to(dtype))
+
+
+def in_fp64(*inputs: Any) -> tuple[Any, ...]:
+    """Floating tensors in fp64, the rest as it is."""
+    return tuple(
+        t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs
+    )
+
+
+def assert_follows(
+    op: Callable[..., Any], plain: Callable[..., Any], inputs: tuple[Any, ...]
+) -> None:
+    """Outputs and gradients of op are as accurate as those of the reference in the same dtype.
+
+    The reference is run in the inputs' dtype and, for the exact result, in fp64.
+    """
+
+    dtype = inputs[0].dtype
+
+    def run(f: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+        leaves = [
+            a.detach().clone().requires_grad_()
+            if isinstance(a, Tensor) and a.is_floating_point()
+            else a
+            for a in args
+        ]
+        outputs = f(*leaves)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        generator = torch.Generator().manual_seed(0)
+        grads = [torch.randn(out.shape, generator=generator).to(dtype) for out in outputs]
+        grads = [g.to(out.dtype) for g, out in zip(grads, outputs, strict=True)]
+        wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
+
+    actual, eager, exact = run(op, inputs), run(plain, inputs), run(plain, in_fp64(*inputs))
+    for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
+        assert_accurate(a, e, x, atol=scaled_atol(x, a.dtype), name=f"result {i}")
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided rows": lambda t: t.repeat_interleave(2, dim=0)[::2],
+    "part of wider rows": lambda t: torch.cat([t, t, t], dim=-1)[
+        ..., t.shape[-1] : 2 * t.shape[-1]
+    ],
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "offset": lambda t: torch.cat([t[:1], t])[1:],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+# ---- compact_depth ----
+
+
+@pytest.mark.parametrize("recursions", [1, 3, 7])
+def test_compact_depth_is_the_reference(seed: int, recursions: int) -> None:
+    lengths = [*LENGTHS, 0]
+    for low, high in ((0, recursions), (0, 0), (recursions, recursions)):
+        depth = torch.randint(low, high + 1, (sum(lengths),)).int()
+        args = (depth, cu_seqlens_of(lengths), recursions)
+        for actual, expected in zip(
+            ops.compact_depth(*args), reference.compact_depth(*args), strict=True
+        ):
+            assert_bitwise(actual, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), max_size=12), max_size=4))
+def test_compact_depth_loses_no_token(sequences: list[list[int]]) -> None:
+    depth = int32(*(d for s in sequences for d in s))
+    index, cu_seqlens_out = ops.compact_depth(depth, cu_seqlens_of([len(s) for s in sequences]), 4)
+    for r in range(4):
+        per_sequence = [sum(d > r for d in s) for s in sequences]
+        assert cu_seqlens_out[r].tolist() == cu_seqlens_of(per_sequence).tolist()
+        count = sum(per_sequence)
+        assert (index[r, count:] == -1).all()
+        assert (depth[index[r, :count].long()] > r).all()
+    # A token's depth is the number of lists that name it.
+    named = torch.bincount(index.flatten().long() + 1, minlength=len(depth) + 1)[1:]
+    assert named.tolist() == depth.tolist()
+
+
+def test_compact_depth_layouts() -> None:
+    depth = torch.randint(0, 4, (20, 2)).int()[:, 0]
+    cu_seqlens = cu_seqlens_of([12, 8]).repeat_interleave(2)[::2]
+    expected = reference.compact_depth(depth, cu_seqlens, 3)
+    for actual, e in zip(ops.compact_depth(depth, cu_seqlens, 3), expected, strict=True):
+        assert_bitwise(actual, e)
+
+
+# ---- values and gradients, every dtype ----
+
+
+@pytest.mark.parametrize("row_shape", [(), (1,), (7,), (64,), (3, 8), (2051,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_tokens_is_accurate(
+    seed: int, dtype: torch.dtype, row_shape: tuple[int, ...]
+) -> None:
+    for num_rows in (1, 2, 31) if row_shape == (2051,) else (1, 2, 31, 129, 1134):
+        x = torch.randn(num_rows, *row_shape).to(dtype)
+        index = repeating_index(num_rows, num_rows + 5)
+        assert_bitwise(ops.gather_tokens(x, index), reference.gather_tokens(x, index))
+        assert_follows(ops.gather_tokens, reference.gather_tokens, (x, index))
+
+
+@pytest.mark.parametrize("active", ["none", "some", "all"])
+@pytest.mark.parametrize("gate", ["none", "float32", "same"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scatter_tokens_is_accurate(seed: int, dtype: torch.dtype, gate: str, active: str) -> None:
+    shapes = [*((n, (37,)) for n in LENGTHS), (31, ()), (31, (3, 8)), (3, (2051,))]
+    for num_rows, row_shape in shapes:
+        inputs = scatter_inputs(num_rows, row_shape, dtype, gate, active)
+        assert_follows(ops.scatter_tokens, reference.scatter_tokens, inputs)
+        x = inputs[0].clone()
+        ops.scatter_tokens_(x, *inputs[1:])
+        assert_bitwise(x, ops.scatter_tokens(*inputs))
+
+
+@pytest.mark.parametrize("hidden", [1, 8, 100, 512, 2051])
+@pytest.mark.parametrize("weight", ["float32", "same"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_rms_norm_is_accurate(
+    seed: int, dtype: torch.dtype, weight: str, hidden: int
+) -> None:
+    for num_rows in (1, 2, 31, 129, 1134) if hidden == 100 else (1, 31):
+        x = torch.randn(num_rows, hidden).to(dtype)
+        w = torch.rand(hidden).to(torch.float32 if weight == "float32" else dtype)
+        for index in (random_index(num_rows, "some"), repeating_index(num_rows, num_rows + 5)):
+            assert_follows(
+                lambda x, w, index=index: ops.gather_rms_norm(x, index, w, EPS)[:2],
+                lambda x, w, index=index: reference.gather_rms_norm(x, index, w, EPS)[:2],
+                (x, w),
+            )
+            rstd = ops.gather_rms_norm(x, index, w, EPS)[2]
+            exact = reference.gather_rms_norm(x.double(), index, w.double(), EPS)[2]
+            torch.testing.assert_close(rstd.double(), exact, rtol=1e-5, atol=0)
+            assert not rstd.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_larger_than_the_cache(seed: int, dtype: torch.dtype) -> None:
+    """Their rows go past the cache by other instructions; the row size is odd on purpose."""
+    num_rows, hidden = 2 * 1400, 2051
+    x, update, index, gate = scatter_inputs(num_rows, (hidden,), dtype, "same")
+    rows = reference.gather_tokens(x, index)
+    assert_bitwise(ops.gather_tokens(x, index), rows)
+    assert_bitwise(
+        mor.gather_tokens_bwd(rows, index, num_rows)[index[index >= 0].long()], rows[index >= 0]
+    )
+    assert_accurate(
+        ops.scatter_tokens(x, update, index, gate),
+        reference.scatter_tokens(x, update, index, gate),
+        reference.scatter_tokens(*in_fp64(x, update, index, gate)),
+    )
+    grad_update, _ = mor.scatter_tokens_bwd(x, index, None, None)
+    assert_bitwise(grad_update, rows)
+    weight = torch.ones(hidden)
+    assert_bitwise(ops.gather_rms_norm(x, index, weight, EPS)[0], rows)
+    assert_accurate(
+        ops.gather_rms_norm(x, index, weight, EPS)[1],
+        reference.gather_rms_norm(x, index, weight, EPS)[1],
+        reference.gather_rms_norm(*in_fp64(x, index, weight), EPS)[1],
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(seed: int, layout: str) -> None:
+    view = LAYOUTS[layout]
+    x, update, index, gate = scatter_inputs(31, (3, 8), torch.float32, "same")
+    wide_index = index.repeat_interleave(2)[::2]
+    wide_gate = gate.repeat_interleave(2)[::2]
+    assert_follows(
+        lambda x: ops.gather_tokens(view(x), wide_index),
+        lambda x: reference.gather_tokens(view(x), index),
+        (x,),
+    )
+    assert_follows(
+        lambda x, u: ops.scatter_tokens(view(x), view(u), wide_index, wide_gate),
+        lambda x, u: reference.scatter_tokens(view(x), view(u), index, gate),
+        (x, update),
+    )
+    assert_follows(
+        lambda x: ops.gather_rms_norm(view(x.flatten(1)), wide_index, torch.ones(24), EPS)[:2],
+        lambda x: reference.gather_rms_norm(view(x.flatten(1)), index, torch.ones(24), EPS)[:2],
+        (x,),
+    )
+    grads = view(torch.randn(len(index), 3, 8))
+    exact = mor.gather_tokens_bwd(grads.contiguous(), index, 31)
+    assert_bitwise(mor.gather_tokens_bwd(grads, wide_index, 31), exact)
+    grads = view(torch.randn(31, 3, 8))
+    for a, b in zip(
+        mor.scatter_tokens_bwd(grads, wide_index, view(update), wide_gate),
+        mor.scatter_tokens_bwd(grads.contiguous(), index, view(update).contiguous(), gate),
+        strict=True,
+    ):
+        assert_bitwise(a, b)
+    rows, normed, rstd = ops.gather_rms_norm(x.flatten(1), index, torch.ones(24), EPS)
+    for a, b in zip(
+        mor.gather_rms_norm_bwd(
+            view(rows), view(normed), view(rows), rstd, index, torch.ones(24), 31
+        ),
+        mor.gather_rms_norm_bwd(
+            *(view(t).contiguous() for t in (rows, normed, rows)), rstd, index, torch.ones(24), 31
+        ),
+        strict=True,
+    ):
+        assert_bitwise(a, b)
+
+
+# ---- what gather and scatter promise together ----
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 20), st.integers(0, 6), st.integers(0, 2**31 - 1))
+def test_scatter_then_gather_gives_the_update(num_rows: int, hidden: int, number: int) -> None:
+    torch.manual_seed(number)
+    index = random_index(num_rows, "some")
+    update = torch.randn(len(index), hidden)
+    x = torch.randn(num_rows, hidden)
+    x.index_fill_(0, index[index >= 0].long(), 0)
+    scattered = ops.scatter_tokens(x, update, index)
+    active = (index >= 0).unsqueeze(1)
+    assert torch.equal(ops.gather_tokens(scattered, index), update * active)
+    untouched = torch.ones(num_rows, dtype=torch.bool)
+    untouched[index[index >= 0].long()] = False
+    assert_bitwise(scattered[untouched], x[untouched])
+    # <gather(x), y> = <x, gather_bwd(y)>, also where rows repeat.
+    index = repeating_index(num_rows, 9) if num_rows else index
+    y = torch.randn(len(index), hidden, dtype=torch.double)
+    left = (ops.gather_tokens(x.double(), index) * y).sum()
+    right = (x.double() * mor.gather_tokens_bwd(y, index, num_rows)).sum()
+    torch.testing.assert_close(left, right)
+
+
+# ---- scatter_tokens_ ----
+
+
+def test_inplace_scatter_touches_nothing_else(seed: int) -> None:
+    buffer = torch.randn(40, 30)
+    view = buffer[4:35, 5:22]
+    before = buffer.clone()
+    index = random_index(31, "some")
+    update = torch.randn(len(index), 17)
+    ops.scatter_tokens_(view, update, index)
+    before[4:35, 5:22] = reference.scatter_tokens(before[4:35, 5:22], update, index)
+    assert_bitwise(buffer, before)
+
+
+def test_inplace_scatter_into_columns(seed: int) -> None:
+    """The elements of a row are not dense here."""
+    x, update, index, gate = scatter_inputs(31, (8,), torch.float32, "same")
+    columns = x.t().contiguous()
+    ops.scatter_tokens_(columns.t(), update, index, gate)
+    assert_bitwise(columns.t().contiguous(), ops.scatter_tokens(x, update, index, gate))
+
+
+def test_inplace_scatter_of_its_own_rows(seed: int) -> None:
+    x, index = torch.randn(12, 12), torch.randperm(12).int()
+    expected = ops.scatter_tokens(x, x.clone(), index, x[:, 3].clone())
+    ops.scatter_tokens_(x, x, index, x[:, 3])
+    assert_bitwise(x, expected)
+
+
+def test_inplace_scatter_is_seen_by_autograd(seed: int) -> None:
+    x, update, index, gate = scatter_inputs(12, (4,), torch.float32, "same")
+    weight = torch.randn(12, 4, requires_grad=True)
+    loss = (x * weight).sum()  # saves x
+    ops.scatter_tokens_(x, update, index, gate)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():  # has no versions
+        ops.scatter_tokens_(torch.zeros(12, 4), update, index, gate)
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_gradcheck(seed: int, gate: bool) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.double, requires_grad=True)
+
+    index = repeating_index(6, 9)
+    assert torch.autograd.gradcheck(lambda x: ops.gather_tokens(x, index), (leaf(6, 3, 2),))
+    for output in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        assert torch.autograd.gradcheck(
+            lambda x, w, output=output: ops.gather_rms_norm(x, index, w, EPS)[output],
+            (leaf(6, 5), leaf(5)),
+        )
+    unique = random_index(6, "some")
+    inputs = (leaf(6, 5), leaf(len(unique), 5), unique, leaf(len(unique)) if gate else None)
+    assert torch.autograd.gradcheck(ops.scatter_tokens, inputs)
+
+
+def test_only_wanted_gradients(seed: int) -> None:
+    x, update, index, gate = scatter_inputs(12, (4,), torch.float32, "float32")
+    update.requires_grad_()
+    ops.scatter_tokens(x, update, index, gate).sum().backward()
+    padding = index < 0
+    assert_bitwise(
+        update.grad, gate.masked_fill(padding, 0).unsqueeze(1).expand(-1, 4).contiguous()
+    )
+    weight = torch.ones(4, requires_grad=True)
+    rows, _, _ = ops.gather_rms_norm(x, index, weight, EPS)
+    rows.sum().backward()
+    assert_bitwise(weight.grad, torch.zeros(4))
+
+
+# ---- determinism, threads, compilation ----
+
+
+def every_result(dtype: torch.dtype) -> list[Tensor]:
+    """Every op of both families on one set of inputs, big enough for several threads."""
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    x, gate, weight = randn(3000, 96), randn(2000), randn(96)
+    index = torch.randperm(3000, generator=generator)[:2000].int()
+    repeats = torch.randint(-1, 3000, (2000,), generator=generator).int()
+    update = randn(2000, 96)
+    cu_seqlens, cu_seqlens_out = cu_seqlens_of([1000, 0, 2000]), cu_seqlens_of([300, 0, 999])
+    depth, load = ops.route_depth(x[:, :3])
+    inplace = x.clone()
+    ops.scatter_tokens_(inplace, update, index, gate)
+    normed = ops.gather_rms_norm(x, repeats, weight, EPS)
+    return [
+        ops.route_topk(x[:, 0], cu_seqlens, cu_seqlens_out, 1299, 2000),
+        depth,
+        load,
+        *ops.compact_depth(depth, cu_seqlens, 3),
+        ops.gather_tokens(x, repeats),
+        mor.gather_tokens_bwd(update, repeats, 3000),
+        ops.scatter_tokens(x, update, index, gate),
+        inplace,
+        *mor.scatter_tokens_bwd(x, index, update, gate),
+        *normed,
+        *mor.gather_rms_norm_bwd(update, update, normed[0], normed[2], repeats, weight, 3000),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            results.append(every_result(dtype))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_bitwise(a, b)
+
+
+def test_concurrent_calls() -> None:
+    expected = every_result(torch.bfloat16)
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: every_result(torch.bfloat16), range(12)):
+            for a, b in zip(results, expected, strict=True):
+                assert_bitwise(a, b)
+
+
+RESULTS_TO_FILE = """
+import sys, torch
+from test_compact import DTYPES, every_result
+torch.save([r for dtype in DTYPES for r in every_result(dtype)], sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2"])
+def test_lower_instruction_sets_agree(tmp_path: Path, capability: str) -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "MOR_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
+    file = tmp_path / "results.pt"
+    subprocess.run([sys.executable, "-c", RESULTS_TO_FILE, str(file)], env=environment, check=True)
+    expected = [r for dtype in DTYPES for r in every_result(dtype)]
+    for actual, e in zip(torch.load(file), expected, strict=True):
+        if e.is_floating_point():  # orders of summation and fused products differ
+            close = 8 * torch.finfo(e.dtype).eps * e.abs().max().item()
+            torch.testing.assert_close(actual, e, rtol=0, atol=close)
+        else:
+            assert_bitwise(actual, e)
+
+
+def opcheck_cases() -> dict[str, tuple[Any, ...]]:
+    x, update, index, gate = scatter_inputs(12, (4,), torch.float32, "same")
+    weight = torch.rand(4)
+    rows, _, rstd = ops.gather_rms_norm(x, index, weight, EPS)
+    leaves = [t.clone().requires_grad_() for t in (x, update, gate, weight)]
+    return {
+        "compact_depth": (int32(0, 2, 1), int32(0, 3), 2),
+        "gather_tokens": (leaves[0], index),
+        "gather_tokens_bwd": (update, index, 12),
+        "scatter_tokens": (leaves[0], leaves[1], index, leaves[2]),
+        "scatter_tokens_": (x.clone(), update, index, gate),
+        "scatter_tokens_bwd": (x, index, update, gate),
+        "gather_rms_norm": (leaves[0], index, leaves[3], EPS),
+        "gather_rms_norm_bwd": (rows, None, rows, rstd, index, weight, 12),
+    }
+
+
+@pytest.mark.parametrize("op", opcheck_cases())
+def test_opcheck(seed: int, op: str) -> None:
+    args = opcheck_cases()[op]
+    torch.library.opcheck(getattr(mor, op).default, args)
+    if op.startswith("scatter_tokens"):  # without gate
+        args = (*args[:2], None, None) if op.endswith("bwd") else (*args[:3], None)
+        torch.library.opcheck(getattr(mor, op).default, args)
+
+
+def test_one_graph_serves_all_lengths(seed: int) -> None:
+    def block(x: Tensor, gate: Tensor, weight: Tensor, depth: Tensor, cu_seqlens: Tensor) -> Tensor:
+        index, _ = ops.compact_depth(depth, cu_seqlens, 3)
+        rows, normed, _ = ops.gather_rms_norm(x, index[1], weight, 1e-5)
+        y = ops.scatter_tokens(x, rows + normed, index[1], gate)
+        last = y.detach().clone()
+        ops.scatter_tokens_(last, ops.gather_tokens(last, index[2]), index[2])
+        return ops.gather_tokens(y, index[2]).sum() + (last * y).sum()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (6, 31, 129, 50):
+        depth = torch.randint(0, 4, (tokens,)).int()
+        leaves = [torch.randn(*s, requires_grad=True) for s in ((tokens, 8), (tokens,), (8,))]
+        results = []
+        for f in (block, compiled):
+            loss = f(*leaves, depth, cu_seqlens_of([tokens]))
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+# ---- bad input ----
+
+FLOATING = "float32, bfloat16 or float16 (float64 too on CPU)"
+COMPACT = {"depth": int32(1, 0, 2), "cu_seqlens": int32(0, 2, 3), "num_recursions": 2}
+GATHER = {"x": torch.ones(6, 4), "index": int32(5, -1, 0)}
+GATHER_BWD = {"grad": torch.ones(3, 4), "index": int32(5, -1, 0), "num_rows": 6}
+SCATTER = {**GATHER, "update": torch.ones(3, 4), "gate": torch.ones(3)}
+SCATTER_BWD = {"grad": torch.ones(6, 4), **{k: SCATTER[k] for k in ("index", "update", "gate")}}
+NORM = {**GATHER, "weight": torch.ones(4), "eps": EPS}
+NORM_BWD = {
+    "grad_rows": torch.ones(3, 4),
+    "grad_normed": torch.ones(3, 4),
+    "rows": torch.ones(3, 4),
+    "rstd": torch.ones(3),
+    "index": int32(5, -1, 0),
+    "weight": torch.ones(4),
+    "num_rows": 6,
+}
+OPS: dict[str, dict[str, Any]] = {
+    "compact_depth": COMPACT,
+    "gather_tokens": GATHER,
+    "gather_tokens_bwd": GATHER_BWD,
+    "scatter_tokens": SCATTER,
+    "scatter_tokens_": SCATTER,
+    "scatter_tokens_bwd": SCATTER_BWD,
+    "gather_rms_norm": NORM,
+    "gather_rms_norm_bwd": NORM_BWD,
+}
+# (ops, argument, value, "<rule>, got <value>")
+INDEXED = [op for op in OPS if op != "compact_depth"]
+SCATTERS = ["scatter_tokens", "scatter_tokens_"]
+ALL_SCATTERS = [*SCATTERS, "scatter_tokens_bwd"]
+IN_RANGE = "in [0, 3) in every element"
+UNSHARED = "of elements that share no memory"
+NORMS = ["gather_rms_norm", "gather_rms_norm_bwd"]
+GATHER_BWDS = ["gather_tokens_bwd", "gather_rms_norm_bwd"]
+INTEGER = f"{FLOATING}, got int32"
+HALF = torch.ones(3, 4).half()
+ERRORS: list[tuple[list[str], str, Any, str]] = [
+    (["compact_depth"], "depth", torch.ones(3), "int32, got float32"),
+    (["compact_depth"], "depth", torch.ones(3, 1).int(), "of shape [N], got shape [3, 1]"),
+    (["compact_depth"], "depth", int32(1, 3, 0), f"{IN_RANGE}, got 3 at element 1"),
+    (["compact_depth"], "depth", int32(1, 0, -1), f"{IN_RANGE}, got -1 at element 2"),
+    (["compact_depth"], "cu_seqlens", torch.tensor([0, 3]), "int32, got int64"),
+    (["compact_depth"], "cu_seqlens", int32(), "of shape [batch + 1], got shape [0]"),
+    (["compact_depth"], "cu_seqlens", int32(0, 4, 3), "non-decreasing, got 4 then 3 at element 2"),
+    (["compact_depth"], "cu_seqlens", int32(0, 2), "3 in its last element, got 2"),
+    (["compact_depth"], "num_recursions", 0, "in [1, 1024], got 0"),
+    (["compact_depth"], "num_recursions", 2**40, "in [1, 1024], got 1099511627776"),
+    (INDEXED, "index", torch.tensor([5, -1, 0]), "int32, got int64"),
+    (INDEXED, "index", int32(5, -1, 0).view(1, 3), "of shape [K], got shape [1, 3]"),
+    (INDEXED, "index", int32(5, 6, 0), "in [-1, 6) in every element, got 6 at element 1"),
+    (INDEXED, "index", int32(5, 0, -2), "in [-1, 6) in every element, got -2 at element 2"),
+    (["gather_tokens", *SCATTERS, "gather_rms_norm"], "x", int32(1, 2, 3, 4, 5, 6), INTEGER),
+    (["gather_tokens", *SCATTERS], "x", torch.ones(()), "of shape [N, ...], got shape []"),
+    (["gather_rms_norm"], "x", torch.ones(6), "of shape [N, hidden], got shape [6]"),
+    (["gather_tokens_bwd", "scatter_tokens_bwd"], "grad", torch.ones(3, 4).int(), INTEGER),
+    (["gather_tokens_bwd"], "grad", torch.ones(2, 4), "of shape [K, ...], got shape [2, 4]"),
+    (GATHER_BWDS, "num_rows", -1, "in [0, 2^31), got -1"),
+    (GATHER_BWDS, "num_rows", 2**31, f"in [0, 2^31), got {2**31}"),
+    (SCATTERS, "index", int32(4, 2, 4), "unique (-1 aside), got 4 at elements 0 and 2"),
+    (ALL_SCATTERS, "update", HALF, "float32, got float16"),
+    (ALL_SCATTERS, "update", torch.ones(3, 5), "of shape [3, 4], got shape [3, 5]"),
+    (SCATTERS, "update", torch.ones(2, 4), "of shape [3, 4], got shape [2, 4]"),
+    (ALL_SCATTERS, "gate", torch.ones(3).half(), "float32, got float16"),
+    (ALL_SCATTERS, "gate", torch.ones(3, 1), "of shape [K], got shape [3, 1]"),
+    (["scatter_tokens_bwd"], "gate", None, "given where update is, got None"),
+    (["scatter_tokens_"], "x", torch.ones(4).expand(6, 4), f"{UNSHARED}, got an expanded tensor"),
+    (NORMS, "weight", torch.ones(4).half(), "float32, got float16"),
+    (NORMS, "weight", torch.ones(5), "of shape [hidden], got shape [5]"),
+    (["gather_rms_norm"], "eps", -1.0, "at least 0, got -1"),
+    (["gather_rms_norm"], "eps", float("nan"), "at least 0, got nan"),
+    (["gather_rms_norm_bwd"], "rows", torch.ones(12), "of shape [K, hidden], got shape [12]"),
+    (["gather_rms_norm_bwd"], "index", int32(5, 0), "of shape [K], got shape [2]"),
+    (["gather_rms_norm_bwd"], "rstd", torch.ones(3).double(), "float32, got float64"),
+    (["gather_rms_norm_bwd"], "rstd", torch.ones(2), "of shape [K], got shape [2]"),
+    (["gather_rms_norm_bwd"], "grad_rows", torch.ones(2, 4), "of shape [3, 4], got shape [2, 4]"),
+    (["gather_rms_norm_bwd"], "grad_normed", HALF, "float32, got float16"),
+]  # fmt: skip
+CASES = [(op, *case) for names, *case in ERRORS for op in names]
+
+
+@pytest.mark.parametrize(("op", "argument", "value", "message"), CASES)
+def test_errors_say_what_and_change_nothing(
+    op: str, argument: str, value: Any, message: str
+) -> None:
+    args = {**OPS[op], argument: value}
+    tensors = [t for t in args.values() if isinstance(t, Tensor)]
+    before = [t.clone() for t in tensors]
+    full = re.escape(f"mor::{op}: {argument} must be {message}")
+    with pytest.raises(RuntimeError, match=f"^{full}$"):
+        getattr(mor, op)(**args)
+    for t, b in zip(tensors, before, strict=True):
+        assert torch.equal(t, b)
+
+
+@pytest.mark.parametrize("argument", ["x", "update", "gate"])
+def test_inplace_scatter_refuses_gradients(argument: str) -> None:
+    args = {**SCATTER, argument: SCATTER[argument].clone().requires_grad_()}
+    message = f"mor::scatter_tokens_: {argument} must be without gradient"
+    with pytest.raises(RuntimeError, match=message):
+        ops.scatter_tokens_(**args)
+    with torch.no_grad():
+        ops.scatter_tokens_(**{**args, "x": args["x"].clone()})
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op != "compact_depth"])
+def test_empty_inputs(op: str) -> None:
+    """No entries, and then no rows either."""
+    for rows in (6, 0):
+        args = {
+            name: value[:0] if isinstance(value, Tensor) and name != "weight" else value
+            for name, value in OPS[op].items()
+        }
+        args.update(
+            {
+                n: torch.ones(rows, 4)
+                for n in ("x", "grad")
+                if n in args and op != "gather_tokens_bwd"
+            }
+        )
+        args.update({"num_rows": rows} if "num_rows" in args else {})
+        outputs = getattr(mor, op)(**args)
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs or []
+        assert all(len(out) in (0, rows, 4) for out in outputs)
