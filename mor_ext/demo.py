@@ -154,7 +154,12 @@ def run(
 
 
 def table(runs: dict[str, Run], bigram: float) -> Table:
-    result = Table(title="On held-out text, each token's depth chosen causally", box=SIMPLE_HEAD)
+    result = Table(
+        title="On held-out text, each token's depth chosen causally",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for name in ("", "parameters", "loss", "bits/byte", "tokens/s", "depth", "layers", "routing"):
         result.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, r in runs.items():

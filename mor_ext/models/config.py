@@ -74,7 +74,6 @@ class MoRConfig:
                 )
         if self.update not in (None, *UPDATE):
             raise ValueError(f"update must be one of {', '.join(UPDATE)}, got {self.update!r}")
-
         for name in UNUSED[self.routing]:
             if getattr(self, name) is not None:
                 raise ValueError(

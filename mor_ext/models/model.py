@@ -162,21 +162,19 @@ def _layer(number: int, config: MoRConfig) -> Layer:
 
 
 def _router(config: MoRConfig) -> Router:
-    n, given = (
-        config.num_recursions,
-        {
-            "alpha": config.router_alpha,
-            "coef": config.router_loss_coef,
-            "update": config.update,
-        },
-    )
-    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    n = config.num_recursions
+    fields = {
+        "alpha": config.router_alpha,
+        "coef": config.router_loss_coef,
+        "update": config.update,
+    }
+    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if config.routing == "expert_choice":
         capacity = config.capacity or tuple((n - r) / n for r in range(n))
-        return ExpertChoiceRouter(config.hidden_size, capacity, **chosen)
+        return ExpertChoiceRouter(config.hidden_size, capacity, **given)
     if config.routing == "token_choice":
-        return TokenChoiceRouter(config.hidden_size, n, **chosen)
-    return Router(**chosen)
+        return TokenChoiceRouter(config.hidden_size, n, **given)
+    return Router(**given)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, tokens: Tokens) -> Tensor:

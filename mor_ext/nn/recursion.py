@@ -1,5 +1,6 @@
 """The one loop: select -> gather -> block -> scatter."""
 
+import torch
 from torch import Tensor, nn
 
 from mor_ext.nn.block import Block
@@ -30,13 +31,13 @@ class Recursion(nn.Module):
         is this module's number in the model, its key in the store.
         """
         plan = self.router.begin(hidden, tokens, causal)
-        active, depths, loss = (
-            tokens,
-            tokens.positions.new_zeros(tokens.total),
-            hidden.new_zeros(()),
-        )
+        active = tokens
+        depths = torch.zeros_like(tokens.positions)
+        loss = hidden.new_zeros(())
         for depth in range(self.num_recursions):
             active, router_loss = self.router.select(depth, hidden, active, plan)
+            if active.total == 0:
+                break  # nobody goes on
             output = self.block(hidden, store.view(stage, depth, active), active.index)
             hidden = self.router.merge(depth, hidden, output, active, plan)
             if active.index is None:
