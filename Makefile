@@ -39,7 +39,8 @@ test-torch: $(VENV)/built
 	$(BIN)/python -m venv build/torch-$(TORCH)/venv
 	PIP_CONSTRAINT= build/torch-$(TORCH)/venv/bin/pip install --quiet torch==$(TORCH) \
 		"$$(ls build/torch-$(TORCH)/*.whl)[test]"
-	build/torch-$(TORCH)/venv/bin/pytest --ignore python_tests/test_packaging.py $(PYTEST_ARGS)
+	cd build/torch-$(TORCH) && venv/bin/pytest -c ../../pyproject.toml ../../python_tests \
+		--ignore ../../python_tests/test_packaging.py $(PYTEST_ARGS)
 	rm -rf build/torch-$(TORCH)
 
 clean:

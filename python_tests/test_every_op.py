@@ -14,7 +14,7 @@ from helpers import assert_bitwise, cu_seqlens_of, map_tensors
 from torch import Tensor
 
 import mor_ext
-from mor_ext import ops
+from mor_ext import _engine, ops
 from mor_ext.reference import attention as reference_attention
 from mor_ext.reference import compact as reference_compact
 from mor_ext.reference import kv_cache as reference_kv_cache
@@ -302,12 +302,9 @@ def test_agrees_with_the_reference(name: str, n: int, seed: int) -> None:
         torch.testing.assert_close(result[1], exact, msg=lambda m, r=result: f"{r[0]}: {m}")
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("capability", _engine.available_cpu_isas)
 def test_every_instruction_set(capability: str) -> None:
-    """Accuracy once more, with the kernels of each instruction set.
-
-    A capability that the machine lacks means its best one.
-    """
+    """Accuracy once more, with the kernels of each instruction set that this machine has."""
     tests = [
         "test_every_op.py::test_agrees_with_the_reference",
         "test_attention.py::test_accuracy_at_tile_edges",
