@@ -1,6 +1,7 @@
 """Drives CMakeLists.txt; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,18 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class FreshBuild(build):
+    """Starts from an empty folder: setuptools would ship modules that are no longer there."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -18,16 +28,20 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        output = package / "mor_ext"
+        # One folder for all builds of this Python, so that an editable install, a wheel and a
+        # change of torch share the kernels' objects, which depend on none of them.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         torch_root = Path(torch.__file__).parent
         library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+        # Every path that CMake would otherwise remember: pip's isolated builds keep cmake, ninja,
+        # torch and pybind11 in a folder that is gone by the next build.
         defines = {
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "MOR_VERSION": self.distribution.get_version(),
             "MOR_TORCH_VERSION": torch.__version__,
             "MOR_TORCH_INCLUDE": torch_root / "include",
             "MOR_TORCH_LIBRARY": torch_root / "lib" / library,
-            "MOR_OUTPUT_DIR": output,
+            "MOR_OUTPUT_DIR": package / "mor_ext",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
         }
@@ -38,4 +52,7 @@ class CMakeBuild(build_ext):
 
 
 # The extension's name only tells setuptools that the wheel is not pure Python.
-setup(ext_modules=[Extension("mor_ext._engine", [])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("mor_ext._engine", [])],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)

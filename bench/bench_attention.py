@@ -176,7 +176,7 @@ def paged_case(
     eager_compiled = compiled(eager)
     return Case(
         op="paged_attention",
-        shape=f"{lanes} lanes, {new} on {longest // 2}-{longest}, H{heads}/{kv_heads} D64",
+        shape=f"{lanes} lanes, {new} on up to {longest}, H{heads}/{kv_heads} D64",
         dtype=dtype,
         peers={
             OURS: ours,

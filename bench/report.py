@@ -78,7 +78,8 @@ def family_table(groups: list[Group]) -> str:
             entry = group.get(peer)
             text = f"{duration(entry['stats']['median'])}, {ratio(entry):.2f}x" if entry else ""
             cells.append(text)
-        rows.append([*cells, f"{info['share_of_ceiling']:.0%}"])
+        share = info["share_of_ceiling"]  # 0 where neither bytes nor FLOPs are counted
+        rows.append([*cells, f"{share:.0%}" if share else ""])
     return table(["op", "dtype", "shape", "mor_ext", *peers, "of ceiling"], rows)
 
 

@@ -1,5 +1,7 @@
 """Loads the compiled op library, so that ``torch.ops.mor`` exists."""
 
+import os
+import platform
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,39 +10,60 @@ import torch
 
 LIBRARY = Path(__file__).parent / "libmor_ext.so"
 MINIMUM_TORCH = (2, 10)
+REBUILD = "install the package from its source folder with 'pip install .' (or 'pip install -e .')"
 
 
 class LibraryLoadError(ImportError):
-    """The compiled part of mor_ext is missing or does not fit the installed torch.
+    """The compiled part of mor_ext is missing or does not fit this environment.
 
-    The message says what was built, what was found and what to do.
+    Attributes, all of them in the message too:
+        built: what was built, as far as it can be told.
+        found: what was found instead of what is needed.
+        remedy: what to do.
     """
+
+    def __init__(self, built: str, found: str, remedy: str) -> None:
+        super().__init__(
+            f"mor_ext cannot load.\n  built: {built}\n  found: {found}\n  do: {remedy}"
+        )
+        self.built, self.found, self.remedy = built, found, remedy
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled part was built with: version, compiler, torch."""
-    return dict(import_module("mor_ext._engine").build_info)
+    """What the compiled part was built with, and the instruction set it uses on this machine.
+
+    Keys: version, compiler, torch (the one it was built against), cpu_isa.
+    """
+    engine = import_module("mor_ext._engine")
+    return {**engine.build_info, "cpu_isa": engine.cpu_isa}
 
 
 def load() -> None:
     """Registers ``torch.ops.mor``; raises :class:`LibraryLoadError` when that is impossible."""
-    found = f"found: torch {torch.__version__} in {Path(torch.__file__).parent}"
+    environment = (
+        f"torch {torch.__version__} in {Path(torch.__file__).parent}, "
+        f"Python {platform.python_version()}"
+    )
     if not LIBRARY.exists():
-        raise LibraryLoadError(
-            f"built: nothing, {LIBRARY} does not exist; {found}; to do: install the package "
-            "with 'pip install .' (or 'pip install -e .') from its source folder"
-        )
+        raise LibraryLoadError("nothing", f"no {LIBRARY}; {environment}", REBUILD)
     try:
-        built = f"built: {build_info()}"
+        engine = import_module("mor_ext._engine")
     except ImportError as error:
-        built = f"built: unknown, mor_ext._engine does not import ({error})"
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        raise LibraryLoadError("for another Python", f"{error}; {environment}", REBUILD) from error
+
+    built = ", ".join(f"{name} {value}" for name, value in build_info().items())
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < MINIMUM_TORCH:
-        raise LibraryLoadError(f"{built}; {found}; to do: install torch >= 2.10")
+        raise LibraryLoadError(built, environment, "install torch >= 2.10")
+    wanted = os.environ.get("MOR_CPU_CAPABILITY") or engine.cpu_isa
+    if wanted not in engine.available_cpu_isas:
+        available = ", ".join(engine.available_cpu_isas)
+        raise LibraryLoadError(
+            built,
+            f"MOR_CPU_CAPABILITY={wanted} on a machine that has {available}",
+            "unset MOR_CPU_CAPABILITY or set it to one of these",
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        raise LibraryLoadError(
-            f"{built}; {found}; the loader says: {error}; to do: reinstall mor_ext from source "
-            "on this machine"
-        ) from error
+        raise LibraryLoadError(built, f"{error}; {environment}", REBUILD) from error

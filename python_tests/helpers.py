@@ -44,7 +44,7 @@ def assert_bitwise(actual: Tensor, expected: Tensor, name: str = "result") -> No
     """The same bits, so that equal NaN are equal and 0.0 differs from -0.0."""
     assert actual.shape == expected.shape, f"{name}: {actual.shape} != {expected.shape}"
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype} != {expected.dtype}"
-    same = torch.equal(*(t.contiguous().view(torch.uint8) for t in (actual, expected)))
+    same = torch.equal(*(t.flatten().contiguous().view(torch.uint8) for t in (actual, expected)))
     assert same, f"{name}: {(actual != expected).sum()} of {actual.numel()} elements differ"
 
 

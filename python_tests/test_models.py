@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mor_ext.inference import PagedKV, generate
 from mor_ext.models import MoRConfig, MoRForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"cycle": 6, "sequence": 6, "middle_cycle": 8, "middle_sequence": 8}
 VARIANTS = [
     (routing, kv_strategy)
@@ -82,7 +83,7 @@ def reference(model: MoRForCausalLM, ids: Tensor, causal: bool) -> tuple[Tensor,
         if ends:
             if config.routing == "token_choice":
                 new = gate * x + last * entry  # equation 2
-            elif config.update == "output":
+            elif router.update == "output":
                 new = hidden + gate * x  # equation 1
             else:
                 new = hidden + gate * (x - hidden)
@@ -97,14 +98,14 @@ def reference_choice(config, router, step, hidden, entry, active, causal):
     if config.routing == "none":
         return active, 1.0, None
     if config.routing == "token_choice":
-        g = config.router_alpha * torch.softmax(entry @ router.weight.T, dim=1)
+        g = router.alpha * torch.softmax(entry @ router.weight.T, dim=1)
         choice = g.argmax(dim=1)
         return choice >= step, g[:, step : step + 1], (choice == step).unsqueeze(1)
     logits = hidden @ router.weight[step]
-    gate = config.router_alpha * torch.sigmoid(logits).unsqueeze(1)
+    gate = router.alpha * torch.sigmoid(logits).unsqueeze(1)
     if causal:
         return active & (torch.sigmoid(logits) >= 0.5), gate, None
-    k = min(len(hidden), max(1, int(config.capacity[step] * len(hidden))))
+    k = min(len(hidden), max(1, int(router.capacity[step] * len(hidden))))
     top = logits.masked_fill(~active, -math.inf).topk(k).indices
     return torch.zeros_like(active).index_fill(0, top, True), gate, None
 
@@ -156,7 +157,7 @@ def test_every_layout_equals_the_unrolled_reference(routing, kv_strategy, sharin
 
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
 def test_gradients_equal_the_reference(routing, kv_strategy, seed):
-    model = small(routing, kv_strategy, router_loss_coef=0.0).train()
+    model = small(routing, kv_strategy).train()
     ids = torch.randint(50, (12,))
     weight = torch.randn(12, 50).double()
     grads = []
@@ -273,7 +274,7 @@ def test_skipped_tokens_cost_no_products(kv_strategy, seed):
     d, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     row = 2 * (2 * d * d + 3 * d * config.intermediate_size)  # q, o, gate, up, down
     key_value = 2 * d * 2 * kv
-    kept = [batch * int(c * length) for c in config.capacity]  # 32, 20, 10 rows
+    kept = [batch * int(c * length) for c in (1, 2 / 3, 1 / 3)]  # 32, 20, 10 rows
     block = config.shared_layers
     expected = 2 * (row + key_value) * batch * length + 2 * d * 50 * batch * length  # edges, head
     expected += block * row * sum(kept)
@@ -375,8 +376,16 @@ def test_layers_that_do_not_divide_name_the_valid_numbers(sharing, layers, valid
         ({"kv_strategy": ""}, "kv_strategy must be one of recursion_wise, shared, got ''"),
         ({"update": "x"}, "update must be one of output, delta, got 'x'"),
         ({"num_recursions": 0}, "num_recursions must be at least 1, got 0"),
-        ({"capacity": (1.0, 0.5)}, r"capacity must be 1 numbers in \(0, 1\].* got"),
-        ({"capacity": (1.5,)}, r"capacity must be 1 numbers in \(0, 1\].* got"),
+        ({"router_alpha": 1.0}, "router_alpha must be None for routing 'none', got 1.0"),
+        ({"routing": "token_choice", "update": "delta"}, "update must be None .* got delta"),
+        (
+            {"routing": "expert_choice", "capacity": (1.0, 0.5)},
+            r"capacity must be 1 numbers in \(0, 1\].* got",
+        ),
+        (
+            {"routing": "expert_choice", "capacity": (1.5,)},
+            r"capacity must be 1 numbers in \(0, 1\].* got",
+        ),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple .* got 4"),
         ({"head_dim": 12}, "head_dim must be a multiple of 8 up to 256, got 12"),
     ],

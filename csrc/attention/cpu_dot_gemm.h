@@ -79,11 +79,6 @@ struct DotGemm {
     return {to, 2 * kPanel, panel_stride};
   }
 
-  static void store_weights(In* to, vec_t<float> p) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)p);
-    std::memcpy(to, &narrow, sizeof(narrow));
-  }
-
 #if defined(__AMX_BF16__)
   // Eight tiles of 16 rows of 64 bytes. Released at the end: other users of the tiles on this
   // thread configure them anew.

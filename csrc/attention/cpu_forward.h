@@ -78,17 +78,20 @@ class ForwardTask {
                   Scratch::bytes_for<Acc>(Gemm::kTileRows * kScoreStride) +
                   Scratch::bytes_for<In>(Gemm::kTileRows * kWeightStride) +
                   Scratch::bytes_for<Acc>(padded_rows * padded_) +
-                  Scratch::bytes_for<Acc>(padded_rows) * 2);
+                  Scratch::bytes_for<Acc>(padded_rows + kWidth) * 2);
     query_ = scratch.take<In>(padded_rows * padded_);
     key_ = scratch.take<In>(kKeyBlock * padded_);
     value_ = scratch.take<In>(kKeyBlock * round_up(padded_, Gemm::kPanel));
     scores_ = scratch.take<Acc>(Gemm::kTileRows * kScoreStride);
     weights_ = scratch.take<In>(Gemm::kTileRows * kWeightStride);
     sum_ = scratch.take<Acc>(padded_rows * padded_);
-    max_ = scratch.take<Acc>(padded_rows);
-    denominator_ = scratch.take<Acc>(padded_rows);
+    max_ = scratch.take<Acc>(padded_rows + kWidth);
+    denominator_ = scratch.take<Acc>(padded_rows + kWidth);
 
     for (int64_t r = 0; r < padded_rows; ++r) {
+      if (r + kPrefetchRows < rows) {
+        prefetch_row(seq.query(row0 + r + kPrefetchRows), p.head_dim);
+      }
       if (r < rows) {
         Gemm::pack_row(seq.query(row0 + r), p.head_dim, padded_, scale_.sign, query_ + r * padded_);
       } else {
@@ -96,8 +99,8 @@ class ForwardTask {
       }
     }
     std::fill_n(sum_, padded_rows * padded_, Acc{0});
-    std::fill_n(max_, padded_rows, kNothing);
-    std::fill_n(denominator_, padded_rows, Acc{0});
+    std::fill_n(max_, padded_rows + kWidth, kNothing);
+    std::fill_n(denominator_, padded_rows + kWidth, Acc{0});
   }
 
   // Takes in the keys [begin, end), begin a multiple of kKeyBlock.
@@ -192,39 +195,49 @@ class ForwardTask {
     if (columns > keys || seq_.limit(row0_ + r) < key0 + keys) {
       mask_scores(seq_, row0_ + r, tile_rows, key0, columns, kNothing, scores_, kScoreStride);
     }
-    for (int64_t i = 0; i < tile_rows; ++i) {
-      softmax_row(r + i, columns, scores_ + i * kScoreStride, weights_ + i * kWeightStride);
+    for (int64_t i = 0; i < tile_rows; i += kWidth) {
+      softmax_rows(r + i, std::min(kWidth, tile_rows - i), columns, scores_ + i * kScoreStride,
+                   weights_ + i * kWeightStride);
     }
     const int64_t depth = round_up(keys, Gemm::kDepthMultiple);
     Gemm::template multiply<true>(tile_rows, padded_, depth, {weights_, kWeightStride}, value,
                                   sum_ + r * padded_, padded_);
   }
 
-  // Turns scores into weights relative to the row's maximum so far, and rescales what the row
-  // has summed up when the maximum moves.
-  void softmax_row(int64_t row, int64_t columns, const Acc* scores, In* weights) {
-    Vec top = splat(max_[row]);
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      top = max<Acc>(load<Acc>(scores + j), top);
-    }
-    const Acc new_max = max_lanes<Acc>(top);
-    const Acc shift = new_max == kNothing ? Acc{0} : new_max * scale_.factor;
-    Vec total{};
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      const Vec weight =
-          exp2_nonpositive<Acc, Gemm::kExp2Degree>(load<Acc>(scores + j) * scale_.factor - shift);
-      total += weight;
-      Gemm::store_weights(weights + j, weight);
-    }
-    const Acc old = exp2_nonpositive<Acc>(splat(max_[row] * scale_.factor - shift))[0];
-    if (old != 1) {
-      for (int64_t d = 0; d < padded_; d += kWidth) {
-        Acc* sum = sum_ + row * padded_ + d;
-        store<Acc>(sum, load<Acc>(sum) * old);
+  // Turns the scores of up to kWidth rows into weights relative to their maxima so far, and
+  // rescales what a row has summed up when its maximum moves. A lane of max_, denominator_ and of
+  // what is computed from them is a row; lanes past the rows come out as they went in.
+  void softmax_rows(int64_t row0, int64_t rows, int64_t columns, const Acc* scores, In* weights) {
+    Vec of_row[kWidth];
+    for (int64_t r = 0; r < kWidth; ++r) {
+      of_row[r] = splat(kNothing);
+      for (int64_t j = 0; r < rows && j < columns; j += kWidth) {
+        of_row[r] = max<Acc>(load<Acc>(scores + r * kScoreStride + j), of_row[r]);
       }
     }
-    max_[row] = new_max;
-    denominator_[row] = denominator_[row] * old + sum_lanes<Acc>(total);
+    const Vec old_max = load<Acc>(max_ + row0);
+    const Vec new_max = max<Acc>(old_max, reduce_each<Acc>(of_row, max<Acc>));
+    const Vec shift = new_max == kNothing ? Vec{} : new_max * scale_.factor;
+    for (int64_t r = 0; r < kWidth; ++r) {
+      of_row[r] = Vec{};
+      for (int64_t j = 0; r < rows && j < columns; j += kWidth) {
+        const Vec exponent = load<Acc>(scores + r * kScoreStride + j) * scale_.factor - shift[r];
+        const Vec weight = exp2_nonpositive<Acc, Gemm::kExp2Degree>(exponent);
+        of_row[r] += weight;
+        store<In>(weights + r * kWeightStride + j, weight);
+      }
+    }
+    const Vec keep = exp2_nonpositive<Acc>(old_max * scale_.factor - shift);
+    const auto add = [](Vec a, Vec b) { return a + b; };
+    store<Acc>(max_ + row0, new_max);
+    store<Acc>(denominator_ + row0,
+               load<Acc>(denominator_ + row0) * keep + reduce_each<Acc>(of_row, add));
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; keep[r] != 1 && d < padded_; d += kWidth) {
+        Acc* sum = sum_ + (row0 + r) * padded_ + d;
+        store<Acc>(sum, load<Acc>(sum) * keep[r]);
+      }
+    }
   }
 
   [[no_unique_address]] typename Gemm::Session session_;

@@ -102,8 +102,6 @@ struct FmaGemm {
     return {to, padded, kPanel};
   }
 
-  static void store_weights(In* to, vec_t<Acc> p) { store<Acc>(to, p); }
-
   // c[rows, columns] (+)= a[rows, depth] b[depth, columns].
   template <bool kAccumulate>
   static void multiply(int64_t rows, int64_t columns, int64_t depth, Rows<In> a, Panels<In> b,

@@ -52,15 +52,16 @@ CpuIsa detect() {
 }
 #endif
 
+// A name that this machine does not have is an error when mor_ext is imported.
 CpuIsa choose() {
-  const CpuIsa best = detect();
+  const auto available = available_cpu_isas();
   const char* wanted = std::getenv("MOR_CPU_CAPABILITY");
-  for (int i = 0; wanted != nullptr && i <= static_cast<int>(best); ++i) {
-    if (std::strcmp(wanted, kNames[i]) == 0) {
+  for (size_t i = 0; wanted != nullptr && i < available.size(); ++i) {
+    if (std::strcmp(wanted, available[i]) == 0) {
       return static_cast<CpuIsa>(i);
     }
   }
-  return best;
+  return static_cast<CpuIsa>(available.size() - 1);
 }
 
 }  // namespace
@@ -72,6 +73,11 @@ CpuIsa cpu_isa() {
 
 const char* cpu_isa_name() {
   return kNames[static_cast<int>(cpu_isa())];
+}
+
+std::span<const char* const> available_cpu_isas() {
+  static const size_t count = static_cast<size_t>(detect()) + 1;
+  return {kNames, count};
 }
 
 }  // namespace mor

@@ -2,6 +2,8 @@
 // instruction set with MOR_ISA set to its name, and live in the namespace of that name.
 #pragma once
 
+#include <span>
+
 namespace mor {
 
 enum class CpuIsa { baseline, avx2, avx512, avx512_bf16, amx };
@@ -9,6 +11,9 @@ enum class CpuIsa { baseline, avx2, avx512, avx512_bf16, amx };
 // The best set that this machine has, or the lower one that MOR_CPU_CAPABILITY names.
 CpuIsa cpu_isa();
 const char* cpu_isa_name();
+
+// The names that MOR_CPU_CAPABILITY may have on this machine, baseline first.
+std::span<const char* const> available_cpu_isas();
 
 }  // namespace mor
 

@@ -73,10 +73,14 @@ inline vec_t<float> widen(Half half, bfloat16) {
 }
 
 inline Half narrow(vec_t<float> x, bfloat16) {
+#if defined(__AVX512BF16__)
+  return (Half)_mm512_cvtneps_pbh((__m512)x);  // denormals become 0
+#else
   const UInt u = bits_as<UInt>(x);
   const UInt rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UInt quiet_nan = (u >> 16) | 0x40u;
   return __builtin_convertvector(x == x ? rounded : quiet_nan, Half);
+#endif
 }
 
 inline vec_t<float> widen(Half half, float16) {

@@ -1,4 +1,4 @@
-// Transposition of a square of vector registers.
+// Transposition of a square of vector registers, and what follows from it.
 #pragma once
 
 #include <utility>
@@ -51,6 +51,20 @@ template <typename V, size_t kCount>
 inline void transpose(V (&rows)[kCount]) {
   static_assert(kCount * sizeof(rows[0][0]) == sizeof(V));
   transpose_steps<1>(rows);
+}
+
+// Lane i of the result is combine over the lanes of rows[i], in a tree of fixed order.
+template <typename A, typename Combine>
+inline vec_t<A> reduce_each(vec_t<A> (&rows)[kLanes<A>], Combine combine) {
+  transpose(rows);
+#pragma GCC unroll 4
+  for (int width = kLanes<A> / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      rows[i] = combine(rows[i], rows[i + width]);
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace mor::MOR_ISA

@@ -10,6 +10,11 @@ SHARING = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 ROUTING = ("none", "expert_choice", "token_choice")
 KV_STRATEGY = ("recursion_wise", "shared")
 UPDATE = ("output", "delta")
+UNUSED = {  # fields that say nothing to a routing
+    "none": ("capacity", "router_alpha", "router_loss_coef"),
+    "expert_choice": (),
+    "token_choice": ("capacity", "update"),
+}
 
 
 @dataclass
@@ -17,7 +22,7 @@ class MoRConfig:
     """Names are Hugging Face's where they exist.
 
     Vanilla is ``num_recursions=1``, recursive adds recursions, MoR adds ``routing``. Fields that
-    are None take the default of the routing (Bae et al., arXiv 2507.10524).
+    are None take the default of the router, which is the paper's (Bae et al., arXiv 2507.10524).
 
     Sharing of L = num_hidden_layers unrolled layers among N = num_recursions:
 
@@ -52,19 +57,13 @@ class MoRConfig:
     def __post_init__(self) -> None:
         self._choices()
         self._sizes()
-        expert = self.routing == "expert_choice"
-        if self.router_alpha is None:
-            self.router_alpha = 0.1 if expert else 1.0
-        if self.router_loss_coef is None:
-            self.router_loss_coef = 0.001 if expert else 0.1
-        if self.update is None:
-            self.update = "output" if expert else "delta"
         n = self.num_recursions
-        self.capacity = tuple(self.capacity or ((n - r) / n for r in range(n)))
-        if len(self.capacity) != n or not all(0 < c <= 1 for c in self.capacity):
-            raise ValueError(
-                f"capacity must be {n} numbers in (0, 1], one a recursion, got {self.capacity}"
-            )
+        if self.capacity is not None:
+            self.capacity = tuple(self.capacity)  # JSON has lists
+            if len(self.capacity) != n or not all(0 < c <= 1 for c in self.capacity):
+                raise ValueError(
+                    f"capacity must be {n} numbers in (0, 1], one a recursion, got {self.capacity}"
+                )
 
     def _choices(self) -> None:
         names = {"sharing": SHARING, "routing": ROUTING, "kv_strategy": KV_STRATEGY}
@@ -75,6 +74,12 @@ class MoRConfig:
                 )
         if self.update not in (None, *UPDATE):
             raise ValueError(f"update must be one of {', '.join(UPDATE)}, got {self.update!r}")
+
+        for name in UNUSED[self.routing]:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None for routing {self.routing!r}, got {getattr(self, name)}"
+                )
 
     def _sizes(self) -> None:
         if self.num_recursions < 1:
@@ -89,7 +94,7 @@ class MoRConfig:
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads = "
+                "num_attention_heads must be a multiple of num_key_value_heads = "
                 f"{self.num_key_value_heads}, got {self.num_attention_heads}"
             )
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

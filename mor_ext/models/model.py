@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def _stages(config: MoRConfig) -> list[Recursion]:
     blocks = [1] * config.shared_layers if sequence else [config.shared_layers]
     plan = [(layers, config.num_recursions, _router(config)) for layers in blocks]
     if config.unshared_layers:
-        plan = [(1, 1, Router("delta")), *plan, (1, 1, Router("delta"))]
+        plan = [(1, 1, Router()), *plan, (1, 1, Router())]
     number = iter(range(config.num_hidden_layers))
     return [
         Recursion(recursions, Block(_layer(next(number), config) for _ in range(layers)), router)
@@ -161,14 +162,21 @@ def _layer(number: int, config: MoRConfig) -> Layer:
 
 
 def _router(config: MoRConfig) -> Router:
-    assert config.router_alpha is not None and config.router_loss_coef is not None
-    assert config.capacity is not None and config.update is not None
-    alpha, coef = config.router_alpha, config.router_loss_coef
+    n, given = (
+        config.num_recursions,
+        {
+            "alpha": config.router_alpha,
+            "coef": config.router_loss_coef,
+            "update": config.update,
+        },
+    )
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if config.routing == "expert_choice":
-        return ExpertChoiceRouter(config.hidden_size, config.capacity, alpha, coef, config.update)
+        capacity = config.capacity or tuple((n - r) / n for r in range(n))
+        return ExpertChoiceRouter(config.hidden_size, capacity, **chosen)
     if config.routing == "token_choice":
-        return TokenChoiceRouter(config.hidden_size, config.num_recursions, alpha, coef)
-    return Router(config.update)
+        return TokenChoiceRouter(config.hidden_size, n, **chosen)
+    return Router(**chosen)
 
 
 def _next_token_loss(logits: Tensor, labels: Tensor, tokens: Tokens) -> Tensor:

@@ -18,7 +18,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = head_dim
-        self.sizes = [heads * head_dim, 2 * kv_heads * head_dim]
+        self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         self.qkv_proj = nn.Linear(hidden_size, sum(self.sizes), bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
 
@@ -27,7 +27,10 @@ class Attention(nn.Module):
         if view.queries_only:
             query = nn.functional.linear(x, self.qkv_proj.weight[: self.sizes[0]])
         else:
-            query, key_value = self.qkv_proj(x).split(self.sizes, dim=-1)
-            key, value = key_value.unflatten(-1, (2, -1, self.head_dim)).unbind(1)
-        query = query.unflatten(-1, (-1, self.head_dim))  # [k, heads, head_dim]
-        return self.o_proj(view.attend(self.layer, query, key, value).flatten(1))
+            query, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
+            key, value = self._heads(key), self._heads(value)
+        out = view.attend(self.layer, self._heads(query), key, value)
+        return self.o_proj(out.flatten(1))
+
+    def _heads(self, x: Tensor) -> Tensor:  # [k, heads * head_dim] to [k, heads, head_dim]
+        return x.unflatten(-1, (-1, self.head_dim))

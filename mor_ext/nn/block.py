@@ -22,7 +22,10 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, view: KVView, index: Tensor | None = None) -> Tensor:
         """The layer on rows ``index`` of hidden ``[N, hidden_size]``; None is every row."""
-        rows, normed = self.attention_norm.gather(hidden, index)
+        if index is None:
+            rows, normed = hidden, self.attention_norm(hidden)
+        else:
+            rows, normed = self.attention_norm.gather(hidden, index)
         rows = rows + self.attention(normed, view)
         return rows + self.mlp(self.mlp_norm(rows))  # [k, hidden_size]
 

@@ -31,7 +31,7 @@ from mor_ext.nn.tokens import Tokens, cu_seqlens_of
 class Router(nn.Module):
     """Every token to the full depth, gate 1: the router of models that do not route."""
 
-    def __init__(self, update: str) -> None:
+    def __init__(self, update: str = "delta") -> None:
         super().__init__()
         self.update = update
 
@@ -70,7 +70,12 @@ class ExpertChoiceRouter(Router):
     """
 
     def __init__(
-        self, hidden_size: int, capacity: tuple[float, ...], alpha: float, coef: float, update: str
+        self,
+        hidden_size: int,
+        capacity: tuple[float, ...],
+        alpha: float = 0.1,
+        coef: float = 0.001,
+        update: str = "output",
     ) -> None:
         super().__init__(update)
         self.capacity = capacity  # of the full sequence, one for each depth
@@ -137,8 +142,10 @@ class TokenChoiceRouter(Router):
     of depth r, P_r = mean of g_r. A depth depends on its own token only, so both rules are one.
     """
 
-    def __init__(self, hidden_size: int, num_recursions: int, alpha: float, coef: float) -> None:
-        super().__init__("replace")
+    def __init__(
+        self, hidden_size: int, num_recursions: int, alpha: float = 1.0, coef: float = 0.1
+    ) -> None:
+        super().__init__()
         self.alpha = alpha
         self.coef = coef
         self.weight = nn.Parameter(torch.empty(num_recursions, hidden_size))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mor_ext.ops._autocast import register_autocast
+from mor_ext.ops._fake import register_fake
 
 
 def attention(
@@ -107,19 +108,19 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-@torch.library.register_fake("mor::attention")
+@register_fake("attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_lse_dtype(query))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.register_fake("mor::paged_attention")
+@register_fake("paged_attention")
 def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=_lse_dtype(query))
     return query.new_empty(query.shape), lse
 
 
-@torch.library.register_fake("mor::attention_bwd")
+@register_fake("attention_bwd")
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:

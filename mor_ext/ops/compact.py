@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mor_ext.ops._fake import register_fake
+
 
 def compact_depth(depth: Tensor, cu_seqlens: Tensor, num_recursions: int) -> tuple[Tensor, Tensor]:
     """The active rows of every recursion at once, from the depth of each token.
@@ -104,33 +106,33 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
 # ---- fakes ----
 
 
-@torch.library.register_fake("mor::compact_depth")
+@register_fake("compact_depth")
 def _(depth: Tensor, cu_seqlens: Tensor, num_recursions: int) -> tuple[Tensor, Tensor]:
     index = depth.new_empty((num_recursions, depth.shape[0]))
     return index, depth.new_empty((num_recursions, cu_seqlens.shape[0]))
 
 
-@torch.library.register_fake("mor::gather_tokens")
+@register_fake("gather_tokens")
 def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty((index.shape[0], *x.shape[1:]))
 
 
-@torch.library.register_fake("mor::gather_tokens_bwd")
+@register_fake("gather_tokens_bwd")
 def _(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return grad.new_empty((num_rows, *grad.shape[1:]))
 
 
-@torch.library.register_fake("mor::scatter_tokens")
+@register_fake("scatter_tokens")
 def _(x: Tensor, update: Tensor, index: Tensor, gate: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("mor::scatter_tokens_")
+@register_fake("scatter_tokens_")
 def _(x: Tensor, update: Tensor, index: Tensor, gate: Tensor | None) -> None:
     return None
 
 
-@torch.library.register_fake("mor::scatter_tokens_bwd")
+@register_fake("scatter_tokens_bwd")
 def _(
     grad: Tensor, index: Tensor, update: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -139,14 +141,14 @@ def _(
     return grad_update, like.new_empty((0 if update is None else index.shape[0],))
 
 
-@torch.library.register_fake("mor::gather_rms_norm")
+@register_fake("gather_rms_norm")
 def _(x: Tensor, index: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.new_empty((index.shape[0], x.shape[1]))
     rstd = x.new_empty((index.shape[0],), dtype=_accumulate_dtype(x))
     return rows, torch.empty_like(rows), rstd
 
 
-@torch.library.register_fake("mor::gather_rms_norm_bwd")
+@register_fake("gather_rms_norm_bwd")
 def _(
     grad_rows: Tensor | None,
     grad_normed: Tensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mor_ext.ops._autocast import register_autocast
+from mor_ext.ops._fake import register_fake
 
 
 def rotary(
@@ -112,17 +113,17 @@ def rotary_kv_append(
     )
 
 
-@torch.library.register_fake("mor::rotary")
+@register_fake("rotary")
 def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@torch.library.register_fake("mor::kv_append")
+@register_fake("kv_append")
 def _(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("mor::rotary_kv_append")
+@register_fake("rotary_kv_append")
 def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from mor_ext.ops._fake import register_fake
+
 
 def route_topk(
     scores: Tensor,
@@ -57,14 +59,14 @@ def route_depth(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Ten
     return torch.ops.mor.route_depth(logits, bias)
 
 
-@torch.library.register_fake("mor::route_topk")
+@register_fake("route_topk")
 def _(
     scores: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor, total_out: int, max_seqlen: int
 ) -> Tensor:
     return scores.new_empty((total_out,), dtype=torch.int32)
 
 
-@torch.library.register_fake("mor::route_depth")
+@register_fake("route_depth")
 def _(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     depth = logits.new_empty((logits.shape[0],), dtype=torch.int32)
     return depth, logits.new_empty((logits.shape[1],), dtype=torch.int32)

@@ -1,0 +1,65 @@
+# make demo, make test, make lint, make bench: each makes what it needs in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Also holds in pip's isolated builds. Where torch comes from, and so whether it is the CPU or the
+# CUDA build, is for pip's own configuration to say (see CONTRIBUTING.md).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint bench test-torch clean
+
+demo: $(VENV)/with-demo $(VENV)/built
+	$(BIN)/python -m mor_ext.demo $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT))
+
+test: $(VENV)/with-test $(VENV)/built
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/with-lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+
+bench: $(VENV)/with-test $(VENV)/with-demo $(VENV)/built
+	mkdir -p bench/out
+	$(BIN)/python -m pytest bench --quiet --benchmark-only --benchmark-json=bench/out/bench.json
+	$(BIN)/python bench/report.py bench/out/bench.json
+
+# The wheel built against the torch of .venv, tested with another one: make test-torch TORCH=2.10.0
+test-torch: $(VENV)/built
+	$(if $(TORCH),,$(error say which torch, as in make test-torch TORCH=2.10.0))
+	rm -rf build/torch-$(TORCH)
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/torch-$(TORCH) .
+	$(BIN)/python -m venv build/torch-$(TORCH)/venv
+	PIP_CONSTRAINT= build/torch-$(TORCH)/venv/bin/pip install --quiet torch==$(TORCH) \
+		"$$(ls build/torch-$(TORCH)/*.whl)[test]"
+	build/torch-$(TORCH)/venv/bin/pytest --ignore python_tests/test_packaging.py $(PYTEST_ARGS)
+	rm -rf build/torch-$(TORCH)
+
+clean:
+	rm -rf $(VENV) build dist bench/out *.egg-info mor_ext/*.so
+
+# ---- the environment; each file stands for a finished step ----
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch and the build tools in $(VENV)"
+	$(PIP_INSTALL) torch setuptools pybind11 cmake ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	@echo "Building mor_ext"
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	touch $@
+
+# with-<extra>: the packages of an extra of pyproject.toml.
+$(VENV)/with-%: $(VENV)/torch pyproject.toml | $(VENV)/built
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+	touch $@
