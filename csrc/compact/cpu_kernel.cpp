@@ -131,12 +131,9 @@ void scale(T* out, const T* x, accumulate_t<T> factor, int64_t size) {
 
 template <typename T>
 accumulate_t<T> dot(const T* a, const T* b, int64_t size) {
-  using A = accumulate_t<T>;
-  vec_t<A> sum{};
-  for_each_vector<A>(size, [&](int64_t i, auto lanes) {
-    sum += load_lanes(a + i, lanes) * load_lanes(b + i, lanes);
+  return sum_row<accumulate_t<T>>(size, [&](int64_t i, auto lanes) {
+    return load_lanes(a + i, lanes) * load_lanes(b + i, lanes);
   });
-  return sum_lanes<A>(sum);
 }
 
 template <typename T>

@@ -62,12 +62,11 @@ struct RmsNorm {
   }
 
   static A reciprocal_rms(const T* x, double eps, int64_t size) {
-    vec_t<A> squares{};
-    for_each_vector<A>(size, [&](int64_t i, auto lanes) {
+    const A squares = sum_row<A>(size, [&](int64_t i, auto lanes) {
       const vec_t<A> v = load_lanes(x + i, lanes);
-      squares += v * v;
+      return v * v;
     });
-    return A{1} / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(size) + static_cast<A>(eps));
+    return A{1} / std::sqrt(squares / static_cast<A>(size) + static_cast<A>(eps));
   }
 
   static void scale(T* out, const T* x, A factor, const W* weight, int64_t size) {
@@ -94,13 +93,12 @@ struct RmsNorm {
     }
     const T* grad_normed = static_cast<const T*>(p.grad_normed) + offset;
     const A rstd = static_cast<const A*>(p.rstd)[entry];
-    vec_t<A> dot{};
-    for_each_vector<A>(size, [&](int64_t i, auto lanes) {
+    const A dot = sum_row<A>(size, [&](int64_t i, auto lanes) {
       const vec_t<A> share = load_lanes(grad_normed + i, lanes) * load_lanes(row + i, lanes) * rstd;
       store_lanes(grad_weight + i, load_lanes(grad_weight + i, lanes) + share, lanes);
-      dot += share * load_weight(weight + i, lanes);
+      return share * load_weight(weight + i, lanes);
     });
-    const A along_row = sum_lanes<A>(dot) / static_cast<A>(size) * rstd;
+    const A along_row = dot / static_cast<A>(size) * rstd;
     for_each_vector<A>(size, [&](int64_t i, auto lanes) {
       const vec_t<A> upstream = load_lanes(grad_normed + i, lanes) * load_weight(weight + i, lanes);
       vec_t<A> value = rstd * (upstream - along_row * load_lanes(row + i, lanes));

@@ -59,6 +59,23 @@ class RowWriter {
   bool stream_;
 };
 
+// The sum of term(offset, lanes) over a row. Four sums run side by side: they hide the latency of
+// addition and, being shorter, round less.
+template <typename A, typename F>
+A sum_row(int64_t size, F&& term) {
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  constexpr std::integral_constant<int64_t, kLanes<A>> kAll;
+  vec_t<A> sums[4] = {};
+  int64_t i = 0;
+  for (; i + kStep <= size; i += kStep) {
+    for (int j = 0; j < 4; ++j) {
+      sums[j] += term(i + j * kLanes<A>, kAll);
+    }
+  }
+  for_each_vector<A>(size - i, [&](int64_t j, auto lanes) { sums[0] += term(i + j, lanes); });
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // Rows that a thread takes at least: some 64 KiB of them.
 inline int64_t row_grain(int64_t row_bytes) {
   return 1 + 65536 / (row_bytes + 1);
