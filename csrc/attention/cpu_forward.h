@@ -141,8 +141,8 @@ class ForwardTask {
         continue;
       }
       const Acc top = std::max(max_[r], other_max);
-      const Acc keep = std::exp2((max_[r] - top) * scale_.factor);
-      const Acc take = std::exp2((other_max - top) * scale_.factor);
+      const Acc keep = std::exp2(max_[r] - top);
+      const Acc take = std::exp2(other_max - top);
       max_[r] = top;
       denominator_[r] = denominator_[r] * keep + other_denominator * take;
       Acc* sum = sum_ + r * padded_;
@@ -164,10 +164,9 @@ class ForwardTask {
       });
       // In double: an error here would scale every weight that the backward pass recomputes.
       static_cast<Acc*>(p_.lse)[seq_.head_major(row0_ + r)] =
-          denominator_[r] == 0
-              ? kNothing
-              : static_cast<Acc>((double{max_[r] * scale_.factor} + std::log2(denominator_[r])) *
-                                 std::numbers::ln2);
+          denominator_[r] == 0 ? kNothing
+                               : static_cast<Acc>((double{max_[r]} + std::log2(denominator_[r])) *
+                                                  std::numbers::ln2);
     }
   }
 
@@ -216,8 +215,8 @@ class ForwardTask {
       }
     }
     const Vec old_max = load<Acc>(max_ + row0);
-    const Vec new_max = max<Acc>(old_max, reduce_each<Acc>(of_row, max<Acc>));
-    const Vec shift = new_max == kNothing ? Vec{} : new_max * scale_.factor;
+    const Vec new_max = max<Acc>(old_max, reduce_each<Acc>(of_row, max<Acc>) * scale_.factor);
+    const Vec shift = new_max == kNothing ? Vec{} : new_max;
     for (int64_t r = 0; r < kWidth; ++r) {
       of_row[r] = Vec{};
       for (int64_t j = 0; r < rows && j < columns; j += kWidth) {
@@ -227,7 +226,7 @@ class ForwardTask {
         store<In>(weights + r * kWeightStride + j, weight);
       }
     }
-    const Vec keep = exp2_nonpositive<Acc>(old_max * scale_.factor - shift);
+    const Vec keep = exp2_nonpositive<Acc>(old_max - shift);
     const auto add = [](Vec a, Vec b) { return a + b; };
     store<Acc>(max_ + row0, new_max);
     store<Acc>(denominator_ + row0,
@@ -246,7 +245,8 @@ class ForwardTask {
   const int64_t row0_, rows_, padded_;
   const ScoreScale<Acc> scale_;
   In *query_, *key_, *value_, *weights_;
-  Acc *scores_, *sum_, *max_, *denominator_;
+  Acc *scores_, *sum_, *denominator_;
+  Acc* max_;  // of scores times scale_.factor, rounded: what the weights are relative to
 };
 
 template <typename Gemm>
