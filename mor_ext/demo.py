@@ -52,6 +52,7 @@ VANILLA = MoRConfig(
     num_hidden_layers=8,
     num_attention_heads=4,
     num_key_value_heads=2,
+    initializer_range=0.08,
 )
 MODELS = {
     "MoR": replace(VANILLA, num_recursions=RECURSIONS, routing="expert_choice"),
@@ -77,10 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mor_ext.demo", description=__doc__)
     parser.add_argument("--text", metavar="FILE", help="default: the standard library's source")
     parser.add_argument("--out", default="out", metavar="DIR", help="for pictures; default: out")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="default: 300")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="default: 400")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     options = parser.parse_args(arguments)
-    recipe = Recipe(steps=options.steps, seed=options.seed)
+    recipe = Recipe(steps=options.steps, learning_rate=4e-3, seed=options.seed)
     try:
         data = stdlib_text(4_000_000)
         if options.text is not None:
