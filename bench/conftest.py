@@ -28,7 +28,6 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
         threads=torch.get_num_threads(),
         load_average=LOAD,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        mor_cpu_capability=os.environ.get("MOR_CPU_CAPABILITY", "best"),
         allocator={
             "libc": " ".join(platform.libc_ver()),
             **{k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "LD_PRELOAD"))},

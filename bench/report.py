@@ -98,7 +98,7 @@ def conditions(report: dict[str, Any]) -> str:
         for line in (
             f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['threads']} "
             f"threads, load average {machine['load_average']:.1f} at the start",
-            f"kernels: torch {machine['cpu_capability']}, mor_ext {machine['mor_cpu_capability']}",
+            f"kernels: torch {machine['cpu_capability']}, mor_ext {machine['mor_ext']['cpu_isa']}",
             f"torch {machine['torch']}, Python {machine['python_version']}, "
             f"{machine['mor_ext']['compiler']}",
             f"allocator: {allocator['libc']}, {settings or 'default settings'}",
