@@ -208,6 +208,22 @@ class Checks {
     }
   }
 
+  // Data of like's dtype and device.
+  void data(const char* argument, const Tensor& tensor, const Tensor& like,
+            std::initializer_list<int64_t> sizes, const char* rule) const {
+    same_device(argument, tensor, like);
+    dtype(argument, tensor, like.scalar_type());
+    shape(argument, tensor, sizes, rule);
+  }
+
+  // Indices, lengths or a table on like's device.
+  void indices(const char* argument, const Tensor& tensor, const Tensor& like,
+               std::initializer_list<int64_t> sizes, const char* rule) const {
+    same_device(argument, tensor, like);
+    int32(argument, tensor);
+    shape(argument, tensor, sizes, rule);
+  }
+
   // An int32 vector [size] on the CPU (-1: any size).
   void int32_vector(const char* argument, const Tensor& tensor, int64_t size,
                     const char* rule) const {

@@ -24,21 +24,6 @@ void attention_bf16(const AttentionParams&);
 
 namespace attention_checks {
 
-// Query, key or value: `like`'s dtype and device.
-inline void data(const Checks& check, const char* argument, const Tensor& tensor,
-                 const Tensor& like, std::initializer_list<int64_t> sizes, const char* rule) {
-  check.same_device(argument, tensor, like);
-  check.dtype(argument, tensor, like.scalar_type());
-  check.shape(argument, tensor, sizes, rule);
-}
-
-inline void indices(const Checks& check, const char* argument, const Tensor& tensor,
-                    const Tensor& like, std::initializer_list<int64_t> sizes, const char* rule) {
-  check.same_device(argument, tensor, like);
-  check.int32(argument, tensor);
-  check.shape(argument, tensor, sizes, rule);
-}
-
 inline void query_and_scale(const Checks& check, const Tensor& query, double softmax_scale) {
   check.floating("query", query);
   check.shape("query", query, {-1, -1, -1}, "[total_q, heads, head_dim]");
@@ -58,14 +43,14 @@ inline void heads(const Checks& check, const Tensor& query, const char* key, int
 
 inline void cu_seqlens(const Checks& check, const char* argument, const Tensor& cu_seqlens,
                        const Tensor& like, int64_t batch, const char* rule) {
-  indices(check, argument, cu_seqlens, like, {batch < 0 ? -1 : batch + 1}, rule);
+  check.indices(argument, cu_seqlens, like, {batch < 0 ? -1 : batch + 1}, rule);
   check.require(cu_seqlens.numel() >= 1, argument, "of at least one element", 0);
 }
 
 inline void key_limit(const Checks& check, const std::optional<Tensor>& key_limit,
                       const Tensor& query) {
   if (key_limit) {
-    indices(check, "key_limit", *key_limit, query, {query.size(0)}, "[total_q]");
+    check.indices("key_limit", *key_limit, query, {query.size(0)}, "[total_q]");
   }
 }
 
@@ -141,8 +126,8 @@ inline void check_attention(const char* op, const Tensor& query, const Tensor& k
   const Checks check(op);
   checks::query_and_scale(check, query, softmax_scale);
   const char* key_shape = "[total_k, kv_heads, head_dim]";
-  checks::data(check, "key", key, query, {-1, -1, query.size(2)}, key_shape);
-  checks::data(check, "value", value, query, {key.size(0), key.size(1), key.size(2)}, key_shape);
+  check.data("key", key, query, {-1, -1, query.size(2)}, key_shape);
+  check.data("value", value, query, {key.size(0), key.size(1), key.size(2)}, key_shape);
   checks::heads(check, query, "key", key.size(1));
   checks::cu_seqlens(check, "cu_seqlens_q", cu_seqlens_q, query, -1, "[batch + 1]");
   checks::cu_seqlens(check, "cu_seqlens_k", cu_seqlens_k, query, cu_seqlens_q.numel() - 1,
@@ -171,13 +156,12 @@ inline void check_attention_bwd(const char* op, const Tensor& grad_out,
   const Checks check(op);
   const int64_t total_q = query.size(0), heads = query.size(1), head_dim = query.size(2);
   const auto data = [&](const char* argument, const Tensor& tensor) {
-    attention_checks::data(check, argument, tensor, query, {total_q, heads, head_dim},
-                           "[total_q, heads, head_dim] like query");
+    check.data(argument, tensor, query, {total_q, heads, head_dim},
+               "[total_q, heads, head_dim] like query");
   };
   const auto lse_like = [&](const char* argument, const Tensor& tensor) {
-    const bool fp64 = query.scalar_type() == ScalarType::Double;
     check.same_device(argument, tensor, query);
-    check.dtype(argument, tensor, fp64 ? ScalarType::Double : ScalarType::Float);
+    check.dtype(argument, tensor, accumulate_dtype(query));
     check.shape(argument, tensor, {heads, total_q}, "[heads, total_q]");
   };
   data("grad_out", grad_out);
@@ -197,15 +181,15 @@ inline void check_paged_attention(const char* op, const Tensor& query, const Ten
   const Checks check(op);
   checks::query_and_scale(check, query, softmax_scale);
   const char* cache_shape = "[num_blocks, block_size, kv_heads, head_dim]";
-  checks::data(check, "key_cache", key_cache, query, {-1, -1, -1, query.size(2)}, cache_shape);
+  check.data("key_cache", key_cache, query, {-1, -1, -1, query.size(2)}, cache_shape);
   const int64_t num_blocks = key_cache.size(0), block_size = key_cache.size(1);
-  checks::data(check, "value_cache", value_cache, query,
-               {num_blocks, block_size, key_cache.size(2), key_cache.size(3)}, cache_shape);
+  check.data("value_cache", value_cache, query,
+             {num_blocks, block_size, key_cache.size(2), key_cache.size(3)}, cache_shape);
   check.require(block_size >= 1, "key_cache", "of block_size at least 1", block_size);
   checks::heads(check, query, "key_cache", key_cache.size(2));
-  checks::indices(check, "block_table", block_table, query, {-1, -1}, "[lanes, max_blocks]");
+  check.indices("block_table", block_table, query, {-1, -1}, "[lanes, max_blocks]");
   const int64_t lanes = block_table.size(0);
-  checks::indices(check, "cache_seqlens", cache_seqlens, query, {lanes}, "[lanes]");
+  check.indices("cache_seqlens", cache_seqlens, query, {lanes}, "[lanes]");
   checks::cu_seqlens(check, "cu_seqlens_q", cu_seqlens_q, query, lanes, "[lanes + 1]");
   checks::key_limit(check, key_limit, query);
   check.require(max_seqlen_q >= 0, "max_seqlen_q", "non-negative", max_seqlen_q);

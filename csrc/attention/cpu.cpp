@@ -24,10 +24,6 @@ HeadRows head_rows(const Tensor& rows) {
   return {rows.const_data_ptr(), rows.stride(d - 3), rows.stride(d - 2)};
 }
 
-ScalarType lse_dtype(const Tensor& query) {
-  return query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Everything but kv, out and lse.
 AttentionParams query_params(const Tensor& query, int64_t kv_heads, const int32_t* cu_seqlens_q,
                              int64_t batch, const int32_t* key_limit, double softmax_scale) {
@@ -57,6 +53,19 @@ void forward(const AttentionParams& p) {
   cpu::attention(p);
 }
 
+// Everything but out and lse, over packed keys and values.
+AttentionParams packed_params(const Tensor& query, const Tensor& key, const Tensor& value,
+                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                              const std::optional<Tensor>& key_limit, double softmax_scale,
+                              Indices& indices) {
+  AttentionParams p = query_params(query, key.size(1), indices(cu_seqlens_q),
+                                   cu_seqlens_q.numel() - 1, indices(key_limit), softmax_scale);
+  p.kv.key = head_rows(key);
+  p.kv.value = head_rows(value);
+  p.kv.cu_seqlens = indices(cu_seqlens_k);
+  return p;
+}
+
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                      const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                      const std::optional<Tensor>& key_limit, int64_t max_seqlen_q,
@@ -65,13 +74,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                   max_seqlen_q, max_seqlen_k, softmax_scale);
   const Tensor q = dense_inner(query, 1), k = dense_inner(key, 1), v = dense_inner(value, 1);
   Tensor out = new_tensor(query, {query.size(0), query.size(1), query.size(2)});
-  Tensor lse = new_tensor(query, {query.size(1), query.size(0)}, lse_dtype(query));
+  Tensor lse = new_tensor(query, {query.size(1), query.size(0)}, accumulate_dtype(query));
   Indices indices;
-  AttentionParams p = query_params(q, key.size(1), indices(cu_seqlens_q), cu_seqlens_q.numel() - 1,
-                                   indices(key_limit), softmax_scale);
-  p.kv.key = head_rows(k);
-  p.kv.value = head_rows(v);
-  p.kv.cu_seqlens = indices(cu_seqlens_k);
+  AttentionParams p =
+      packed_params(q, k, v, cu_seqlens_q, cu_seqlens_k, key_limit, softmax_scale, indices);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   forward(p);
@@ -94,11 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   };
   Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   Indices indices;
-  AttentionParams p = query_params(q, key.size(1), indices(cu_seqlens_q), cu_seqlens_q.numel() - 1,
-                                   indices(key_limit), softmax_scale);
-  p.kv.key = head_rows(k);
-  p.kv.value = head_rows(v);
-  p.kv.cu_seqlens = indices(cu_seqlens_k);
+  AttentionParams p =
+      packed_params(q, k, v, cu_seqlens_q, cu_seqlens_k, key_limit, softmax_scale, indices);
   p.out = const_cast<void*>(o.const_data_ptr());
   p.lse = const_cast<void*>(l.const_data_ptr());
   cpu::attention_bwd({.forward = p,
@@ -120,7 +123,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& query, const Tensor& ke
   const Tensor q = dense_inner(query, 1);
   const Tensor k = dense_inner(key_cache, 1), v = dense_inner(value_cache, 1);
   Tensor out = new_tensor(query, {query.size(0), query.size(1), query.size(2)});
-  Tensor lse = new_tensor(query, {query.size(1), query.size(0)}, lse_dtype(query));
+  Tensor lse = new_tensor(query, {query.size(1), query.size(0)}, accumulate_dtype(query));
   Indices indices;
   AttentionParams p = query_params(q, key_cache.size(2), indices(cu_seqlens_q),
                                    cu_seqlens_q.numel() - 1, indices(key_limit), softmax_scale);

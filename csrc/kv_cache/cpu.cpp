@@ -8,8 +8,8 @@ namespace {
 struct DenseTable {
   DenseTable(const Checks& check, const Tensor& query, const Tensor& cos, const Tensor& sin,
              const Tensor& positions)
-      : cos_(rows_of(cos, table_dtype(query))),
-        sin_(rows_of(sin, table_dtype(query))),
+      : cos_(rows_of(cos, accumulate_dtype(query))),
+        sin_(rows_of(sin, accumulate_dtype(query))),
         positions_(dense(positions)) {
     check.within("positions", positions_.const_data_ptr<int32_t>(), positions_.numel(), 0,
                  cos_.size(0));

@@ -21,33 +21,13 @@ inline CacheBlocks blocks_of(const Tensor& cache) {
           .entry_stride = cache.stride(1)};
 }
 
-// The accumulate type as a dtype.
-inline ScalarType table_dtype(const Tensor& query) {
-  const bool fp64 = query.scalar_type() == ScalarType::Double;
-  return fp64 ? ScalarType::Double : ScalarType::Float;
-}
-
 namespace kv_cache_checks {
-
-inline void data(const Checks& check, const char* argument, const Tensor& tensor,
-                 const Tensor& like, std::initializer_list<int64_t> sizes, const char* rule) {
-  check.same_device(argument, tensor, like);
-  check.dtype(argument, tensor, like.scalar_type());
-  check.shape(argument, tensor, sizes, rule);
-}
-
-inline void indices(const Checks& check, const char* argument, const Tensor& tensor,
-                    const Tensor& like, std::initializer_list<int64_t> sizes, const char* rule) {
-  check.same_device(argument, tensor, like);
-  check.int32(argument, tensor);
-  check.shape(argument, tensor, sizes, rule);
-}
 
 inline void table(const Checks& check, const char* argument, const Tensor& tensor,
                   const Tensor& query, int64_t max_positions) {
   check.same_device(argument, tensor, query);
   if (tensor.scalar_type() != ScalarType::Float) {
-    check.dtype(argument, tensor, table_dtype(query));
+    check.dtype(argument, tensor, accumulate_dtype(query));
   }
   check.shape(argument, tensor, {max_positions, query.size(2) / 2},
               "[max_positions, head_dim / 2]");
@@ -56,8 +36,8 @@ inline void table(const Checks& check, const char* argument, const Tensor& tenso
 // A cache is written in place, so a layout that the kernels cannot walk is an error, not a copy.
 inline void cache(const Checks& check, const char* argument, const Tensor& cache, const Tensor& key,
                   int64_t num_blocks, int64_t block_size) {
-  data(check, argument, cache, key, {num_blocks, block_size, key.size(1), key.size(2)},
-       "[num_blocks, block_size, kv_heads, head_dim], alike for both caches");
+  check.data(argument, cache, key, {num_blocks, block_size, key.size(1), key.size(2)},
+             "[num_blocks, block_size, kv_heads, head_dim], alike for both caches");
   check.require(cache.size(1) > 0, argument, "of block_size >= 1", shape_str(cache));
   const bool dense_entries = (cache.size(3) == 1 || cache.stride(3) == 1) &&
                              (cache.size(2) == 1 || cache.stride(2) == cache.size(3));
@@ -78,11 +58,10 @@ inline void check_rotary(const Checks& check, const Tensor& query, const Tensor&
   check.floating("query", query);
   check.shape("query", query, {-1, -1, -1}, "[N, heads, head_dim]");
   check.require(query.size(2) % 2 == 0, "query", "of even head_dim", query.size(2));
-  checks::data(check, "key", key, query, {query.size(0), -1, query.size(2)},
-               "[N, kv_heads, head_dim]");
+  check.data("key", key, query, {query.size(0), -1, query.size(2)}, "[N, kv_heads, head_dim]");
   checks::table(check, "cos", cos, query, -1);
   checks::table(check, "sin", sin, query, cos.size(0));
-  checks::indices(check, "positions", positions, query, {query.size(0)}, "[N]");
+  check.indices("positions", positions, query, {query.size(0)}, "[N]");
 }
 
 inline void check_append(const Checks& check, const Tensor& key, const Tensor& value,
@@ -92,15 +71,15 @@ inline void check_append(const Checks& check, const Tensor& key, const Tensor& v
   namespace checks = kv_cache_checks;
   check.floating("key", key);
   check.shape("key", key, {-1, -1, -1}, "[N, kv_heads, head_dim]");
-  checks::data(check, "value", value, key, {key.size(0), key.size(1), key.size(2)},
-               "[N, kv_heads, head_dim]");
+  check.data("value", value, key, {key.size(0), key.size(1), key.size(2)},
+             "[N, kv_heads, head_dim]");
   checks::cache(check, "key_cache", key_cache, key, -1, -1);
   checks::cache(check, "value_cache", value_cache, key, key_cache.size(0), key_cache.size(1));
-  checks::indices(check, "cu_seqlens", cu_seqlens, key, {-1}, "[lanes + 1]");
+  check.indices("cu_seqlens", cu_seqlens, key, {-1}, "[lanes + 1]");
   const int64_t lanes = cu_seqlens.size(0) - 1;
   check.require(lanes >= 0, "cu_seqlens", "of at least one element", 0);
-  checks::indices(check, "cache_seqlens", cache_seqlens, key, {lanes}, "[lanes]");
-  checks::indices(check, "block_table", block_table, key, {lanes, -1}, "[lanes, max_blocks]");
+  check.indices("cache_seqlens", cache_seqlens, key, {lanes}, "[lanes]");
+  check.indices("block_table", block_table, key, {lanes, -1}, "[lanes, max_blocks]");
 }
 
 MOR_DECLARE_CPU_KERNEL(rotary, RotaryParams)
