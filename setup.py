@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
         # One folder for all builds of this Python, so that an editable install, a wheel and a
         # change of torch share the kernels' objects, which depend on none of them.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         torch_root = Path(torch.__file__).parent
         library = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
         # Every path that CMake would otherwise remember: pip's isolated builds keep cmake, ninja,
@@ -53,10 +53,10 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
         }
         cmake = program("cmake")
-        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
+        configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"]
         subprocess.run(configure + [f"-D{k}={v}" for k, v in defines.items()], check=True)
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([cmake, "--build", build, *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run([cmake, "--build", folder, *(["-j", jobs] if jobs else [])], check=True)
 
 
 # The extension's name only tells setuptools that the wheel is not pure Python.
