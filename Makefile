@@ -1,4 +1,5 @@
-# make demo, make test, make lint, make bench: each makes what it needs in .venv first.
+# make demo, make test, make lint, make bench, make simt, make sanitize: each makes what it needs in
+# .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,20 +11,33 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+SOURCES := $(CXX_FILES) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench test-torch clean
+.PHONY: demo test lint bench simt sanitize test-torch clean
 
 demo: $(VENV)/with-demo $(VENV)/built
 	$(BIN)/python -m mor_ext.demo $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT))
 
-test: $(VENV)/with-test $(VENV)/built
+test: $(VENV)/with-test $(VENV)/built simt
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The CUDA kernels as a library that runs them on the host; the last line is its path.
+simt: $(VENV)/torch
+	@$(call build_simt,build/simt,)
+	@echo $(CURDIR)/build/simt/libmor_simt.so
+
+# The tests on that library, built with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/with-test $(VENV)/built
+	$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -k simt --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
 
 lint: $(VENV)/with-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 bench: $(VENV)/with-test $(VENV)/with-demo $(VENV)/built
@@ -45,6 +59,14 @@ test-torch: $(VENV)/built
 
 clean:
 	rm -rf $(VENV) build dist bench/out *.egg-info mor_ext/*.so
+
+# $(call build_simt,folder,cmake options)
+define build_simt
+$(BIN)/cmake -S csrc/simt -B $(1) -G Ninja $(2) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$$($(BIN)/python -c 'import torch; from pathlib import Path; root = Path(torch.__file__).parent; \
+	print(f"-DMOR_TORCH_INCLUDE={root}/include -DMOR_TORCH_LIBRARY={root}/lib/libtorch_cpu.so")') >&2
+$(BIN)/cmake --build $(1) $(if $(MAX_JOBS),-j $(MAX_JOBS)) >&2
+endef
 
 # ---- the environment; each file stands for a finished step ----
 

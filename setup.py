@@ -49,6 +49,7 @@ class CMakeBuild(build_ext):
             "MOR_TORCH_INCLUDE": torch_root / "include",
             "MOR_TORCH_LIBRARY": torch_root / "lib" / library,
             "MOR_OUTPUT_DIR": package / "mor_ext",
+            "MOR_CUDA_ARCHS": os.environ.get("MOR_CUDA_ARCHS") or "80-real;90a-real;80-virtual",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
         }

@@ -1,7 +1,7 @@
 // Every schema of torch.ops.mor: the table of contents. Semantics: docstrings of mor_ext/ops.
 #include "torch_abi.h"
 
-STABLE_TORCH_LIBRARY(mor, m) {
+MOR_LIBRARY(m) {
   // route
   m.def(
       "route_topk(Tensor scores, Tensor cu_seqlens, Tensor cu_seqlens_out, SymInt total_out, "
@@ -52,4 +52,21 @@ STABLE_TORCH_LIBRARY(mor, m) {
       "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
       "Tensor cache_seqlens, Tensor cu_seqlens_q, Tensor? key_limit, SymInt max_seqlen_q, "
       "float softmax_scale) -> (Tensor out, Tensor lse)");
+
+  // see mor_ext.set_debug
+  m.def("set_debug(bool enabled) -> ()");
+}
+
+namespace mor {
+namespace {
+
+void set_debug(bool enabled) {
+  debug_checks = enabled;
+}
+
+}  // namespace
+}  // namespace mor
+
+MOR_LIBRARY_IMPL_ANY(m) {
+  m.impl("set_debug", TORCH_BOX(&mor::set_debug));
 }

@@ -1,12 +1,15 @@
-// The only file that names LibTorch: the stable ABI's tensors, allocation and thread pool, and
-// the argument checks. Host files include it; kernel files do not.
+// The only file that names LibTorch: the stable ABI's tensors, allocation, thread pool, devices and
+// streams, and the argument checks. Host files include it; kernel files do not.
 #pragma once
 
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -18,6 +21,24 @@
 #include <vector>
 
 #include "common/types.h"
+
+// ---- where ops register ----
+// The CUDA host files are built twice: for CUDA tensors in torch.ops.mor, and with csrc/simt for
+// CPU tensors in torch.ops.mor_simt.
+
+#if defined(MOR_SIMT)
+#define MOR_LIBRARY(m) STABLE_TORCH_LIBRARY(mor_simt, m)
+#define MOR_LIBRARY_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(mor_simt, CPU, m)
+#define MOR_LIBRARY_IMPL_ANY(m) STABLE_TORCH_LIBRARY_IMPL(mor_simt, CompositeExplicitAutograd, m)
+#else
+#define MOR_LIBRARY(m) STABLE_TORCH_LIBRARY(mor, m)
+#define MOR_LIBRARY_IMPL_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(mor, CUDA, m)
+#define MOR_LIBRARY_IMPL_ANY(m) STABLE_TORCH_LIBRARY_IMPL(mor, CompositeExplicitAutograd, m)
+#endif
+
+// In libtorch_cpu from torch 2.13 on.
+extern "C" __attribute__((weak)) AOTITorchError torch_stream_native_handle(StreamHandle stream,
+                                                                           void** handle);
 
 namespace mor {
 
@@ -35,7 +56,58 @@ inline int64_t num_threads() {
   return torch::stable::get_num_threads();
 }
 
+// The current cudaStream_t of a device.
+inline void* current_stream(int32_t device) {
+  void* stream = nullptr;
+#if !defined(MOR_SIMT)
+  if (torch_stream_native_handle != nullptr) {
+    StreamHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &handle));
+    const torch::stable::accelerator::Stream owner(handle);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_stream_native_handle(handle, &stream));
+    return stream;
+  }
+  // In libtorch_cuda, which a CPU-only torch lacks: to link to it would stop this binary from
+  // loading there. Whoever has a CUDA tensor has it loaded.
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<GetStream>(symbol);
+  }();
+  if (get_stream == nullptr) {
+    throw std::runtime_error("mor: no current stream: libtorch_cuda.so is not loaded");
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+#else
+  (void)device;
+#endif
+  return stream;
+}
+
 }  // namespace abi
+
+// ---- devices ----
+
+// Whether the elements of CUDA index tensors are checked too, at the cost of waiting for them.
+inline std::atomic<bool> debug_checks{false};
+
+// While it lives, the tensor's device is the current one; stream() is that device's current stream.
+class OnDevice {
+ public:
+#if defined(MOR_SIMT)
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+#else
+  explicit OnDevice(const Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
+  void* stream() const { return abi::current_stream(device_); }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
 
 // ---- tensors ----
 
@@ -80,6 +152,39 @@ inline Tensor dense_inner(const Tensor& tensor, int64_t inner) {
   }
   return tensor;
 }
+
+// The elements of an int32 tensor where checks may read them: those of a CPU tensor, and of a CUDA
+// tensor a copy if debug_checks is set; else none.
+class Readable {
+ public:
+  explicit Readable(const Tensor& tensor) {
+#if defined(MOR_SIMT)
+    const bool on_host = debug_checks;
+#else
+    const bool on_host = tensor.is_cpu();
+#endif
+    if (on_host) {
+      storage_ = dense(tensor);
+    } else if (debug_checks) {
+      storage_ =
+          dense(torch::stable::to(tensor, torch::stable::Device(torch::stable::DeviceType::CPU)));
+    } else {
+      return;
+    }
+    readable_ = true;
+    data_ = storage_.const_data_ptr<int32_t>();
+  }
+
+  explicit operator bool() const { return readable_; }
+  const int32_t* data() const { return data_; }
+  int64_t count() const { return storage_.numel(); }
+  int32_t operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  Tensor storage_;
+  const int32_t* data_ = nullptr;
+  bool readable_ = false;
+};
 
 // ---- messages: "mor::<op>: <argument> must be <rule>, got <value>" ----
 
@@ -200,6 +305,13 @@ class Checks {
 
   void on_cpu(const char* argument, const Tensor& tensor) const {
     require(tensor.is_cpu(), argument, "on the CPU like the other arguments", "another device");
+  }
+
+  // After a launch; description: cudaGetErrorString(error).
+  void launched(int error, const char* description) const {
+    if (error != 0) {
+      throw std::runtime_error(str("mor::", op_, ": CUDA error ", error, ": ", description));
+    }
   }
 
   void same_device(const char* argument, const Tensor& tensor, const Tensor& like) const {

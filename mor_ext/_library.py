@@ -32,7 +32,8 @@ class LibraryLoadError(ImportError):
 def build_info() -> dict[str, Any]:
     """What the compiled part was built with, and the instruction set it uses on this machine.
 
-    Keys: version, compiler, torch (the one it was built against), cpu_isa.
+    Keys: version, compiler, torch (the one it was built against), cuda (compiler and architectures,
+    or "none"), cpu_isa.
     """
     engine = import_module("mor_ext._engine")
     return {**engine.build_info, "cpu_isa": engine.cpu_isa}
@@ -67,3 +68,12 @@ def load() -> None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         raise LibraryLoadError(built, f"{error}; {environment}", REBUILD) from error
+
+
+def set_debug(enabled: bool) -> None:
+    """Whether ops check the contents of CUDA index tensors too, as they always do on the CPU.
+
+    Off, an index out of range is clamped or skipped: never an access outside a tensor, but a result
+    without meaning. On, it raises, and every call waits for the device. For all threads.
+    """
+    torch.ops.mor.set_debug(enabled)

@@ -1,13 +1,96 @@
-"""What tests of several families share: tolerances, dtypes, random packed batches."""
+"""What tests of several families share: backends, tolerances, dtypes, random packed batches."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import mor_ext
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LENGTHS = [0, 1, 2, 31, 129, 1134]
+
+
+# ---- backends ----
+
+
+class Backend(Enum):
+    CPU = "cpu"
+    SIMT = "simt"
+    CUDA = "cuda"
+
+
+_current = Backend.CPU
+
+
+def backend_dtypes() -> list[torch.dtype]:
+    """DTYPES that the current backend has; a test parametrised with DTYPES needs no such care."""
+    return DTYPES if _current == Backend.CPU else DTYPES[:-1]
+
+
+def sized(full: Any, under_simt: Any) -> Any:
+    """The first, or, where kernels run some thousand times slower, the second."""
+    return under_simt if _current == Backend.SIMT else full
+
+
+@contextmanager
+def use_backend(backend: Backend, simt_library: Path) -> Iterator[None]:
+    global _current
+    _current = backend
+    try:
+        if backend == Backend.SIMT:
+            with _simt(simt_library):
+                yield
+        elif backend == Backend.CUDA:
+            with _cuda():
+                yield
+        else:
+            yield
+    finally:
+        _current = Backend.CPU
+
+
+@contextmanager
+def _simt(library: Path) -> Iterator[None]:
+    """CPU tensors go to the CUDA kernels, run on the host: registered over the CPU kernels."""
+    assert library.exists(), f"no {library}: run `make simt`"
+    torch.ops.load_library(str(library))
+    torch.ops.mor_simt.set_debug(True)
+    override = torch.library.Library("mor", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are overridden is the point
+        for schema in torch._C._jit_get_all_schemas():
+            namespace, _, name = schema.name.partition("::")
+            if namespace == "mor_simt" and name != "set_debug":
+                override.impl(name, getattr(torch.ops.mor_simt, name).default, "CPU")
+    try:
+        yield
+    finally:
+        override._destroy()
+
+
+@contextmanager
+def _cuda() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if mor_ext.build_info()["cuda"] == "none":
+        pytest.skip("built without CUDA kernels")
+    mor_ext.set_debug(True)
+    torch.set_default_device("cuda")
+    try:
+        yield
+    finally:
+        torch.set_default_device("cpu")
+        mor_ext.set_debug(False)
+
+
+# ---- tolerances ----
 
 
 def assert_accurate(

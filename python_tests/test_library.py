@@ -15,7 +15,7 @@ from mor_ext import LibraryLoadError, _library
 def test_build_info() -> None:
     info = mor_ext.build_info()
     assert info["version"] == mor_ext.__version__
-    assert set(info) == {"version", "compiler", "torch", "cpu_isa"}
+    assert set(info) == {"version", "compiler", "torch", "cuda", "cpu_isa"}
     assert info["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_engine, m) {
   build["version"] = MOR_VERSION;
   build["compiler"] = MOR_COMPILER;
   build["torch"] = MOR_TORCH_VERSION;
+  build["cuda"] = MOR_CUDA;
   m.attr("build_info") = build;
 
   pybind11::list isas;
