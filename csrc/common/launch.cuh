@@ -20,6 +20,20 @@ constexpr T ceil_div(T value, std::type_identity_t<T> divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// Calls f.template operator()<T>() with the storage type that dtype names; data on CUDA devices are
+// never fp64.
+template <typename F>
+cudaError_t dispatch_data_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return f.template operator()<bfloat16>();
+    case DType::kFloat16:
+      return f.template operator()<float16>();
+    default:
+      return f.template operator()<float>();
+  }
+}
+
 // name: for messages. The arguments are copied.
 template <typename... Args>
 cudaError_t launch(const char* name, void (*kernel)(Args...), const LaunchShape& shape,
