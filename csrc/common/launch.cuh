@@ -59,9 +59,12 @@ cudaError_t launch(const char* name, void (*kernel)(Args...), const LaunchShape&
       return error;
     }
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), block, static_cast<size_t>(shared_bytes), stream> > >(
-      args...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
 #endif
 }
 
