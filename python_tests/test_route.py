@@ -113,7 +113,7 @@ MIXTURES: dict[str, Callable[[], list[int]]] = {
     "short and long": lambda: [5, 17001, 0, 300, 16384, 16385, 1],
     "at chunks": lambda: [CHUNK, 3 * CHUNK, 0, 16385, CHUNK - 1, 2 * CHUNK + 1],
     "random": lambda: [int(torch.randint(20000, ())) for _ in range(5)],
-    "one of many": lambda: [0] * 40 + [1] * 30 + [17000] + [2] * 40,
+    "one of many": lambda: [0] * 30 + [1] * 9 + [17000] + [2] * 5,
 }
 
 
@@ -128,7 +128,7 @@ def test_route_topk_of_a_generous_max_seqlen(seed: int, mixture: str, pick: str)
 
 @pytest.mark.parametrize("length", [100, 8000, 40000])
 def test_route_topk_tells_scores_apart_by_any_bit(seed: int, length: int) -> None:
-    for bit in range(0, 32, 5):
+    for bit in range(1, 32, 6):
         scores = torch.randint(2, (length,), dtype=torch.int32) << bit
         args = topk_args(scores.view(torch.float32), [length], [length // 3])
         assert_bitwise(ops.route_topk(**args), reference.route_topk(**args))
