@@ -1,16 +1,18 @@
-"""What rotary, kv_append and rotary_kv_append refuse, and with what words."""
+"""What rotary, kv_append and rotary_kv_append refuse, and what they do with it unchecked."""
 
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_bitwise
+from helpers import Backend, assert_bitwise, unchecked
+from test_kv_cache import MAX_POSITIONS, append_inputs, assert_all_equal, rotary_inputs
 from torch import Tensor
 
 from mor_ext import ops
 
 pytestmark = pytest.mark.usefixtures("backend")
+not_on_cpu = pytest.mark.backends(Backend.SIMT, Backend.CUDA)
 
 Error = tuple[str, Tensor, str, str]  # argument, bad value, rule, got
 FLOATS = "float32, bfloat16 or float16 (float64 too on CPU)"
@@ -147,3 +149,59 @@ def test_bad_input(op: str, case: int) -> None:
         getattr(ops, op)(**arguments)
     for name, tensor in before.items():
         assert_bitwise(arguments[name], tensor, name)
+
+
+# ---- bad contents of index tensors, unchecked ----
+
+
+@not_on_cpu
+def test_a_position_out_of_range_gives_nan(seed: int) -> None:
+    query, key, cos, sin, positions = rotary_inputs(9, 3, 1, 16, torch.bfloat16)
+    expected = ops.rotary(query, key, cos, sin, positions)
+    positions[[1, 4, 8]] = ints(-1, MAX_POSITIONS, -(2**31))
+    with unchecked():
+        actual = ops.rotary(query, key, cos, sin, positions)
+        of_no_table = ops.rotary(query, key, cos[:0], sin[:0], positions)
+    for x, rotated in zip(expected, actual, strict=True):
+        x[[1, 4, 8]] = torch.nan
+        torch.testing.assert_close(rotated, x, rtol=0, atol=0, equal_nan=True)
+    assert all(x.isnan().all() for x in of_no_table)
+
+
+@not_on_cpu
+@pytest.mark.parametrize("argument", ["block_table", "cache_seqlens"])
+@pytest.mark.parametrize("bad", [-(2**31), -1, 2**30, 2**31 - 1])
+def test_a_lane_out_of_range_is_skipped(argument: str, bad: int, seed: int) -> None:
+    """The other lanes get their tokens, and nothing else changes."""
+    held, new = [3, 2, 1, 0], [4, 3, 2, 5]
+    for lane in range(4):
+        key, value, cache = append_inputs(held, new)
+        expected = cache.cloned()
+        ops.kv_append(key, value, *expected)
+        entry = torch.arange(held[lane], held[lane] + new[lane])
+        slots = (cache.block_table[lane, entry // 4].long(), entry % 4)
+        for before, after in zip(cache.arguments()[:2], expected[:2], strict=True):
+            after[slots] = before[slots]
+        getattr(cache, argument)[lane] = bad
+        with unchecked():
+            ops.kv_append(key, value, *cache.arguments())
+        assert_all_equal(cache.arguments()[:2], expected[:2])
+
+
+@not_on_cpu
+def test_tokens_of_no_lane_are_skipped(seed: int) -> None:
+    """As those that fill up a batch to the size of a CUDA graph; they are rotated all the same."""
+    key, value, cache = append_inputs([3, 0], [4, 3])
+    query, _, *rest = rotary_inputs(7, 4, 2, 8, torch.float32)
+    expected = cache.cloned()
+    wanted = ops.rotary_kv_append(query, key, value, *rest, *expected)
+    before, after = (torch.randn(n, 2, 8) for n in (2, 3))
+    cache.cu_seqlens += 2
+    query = torch.cat([query[:2], query, query[:3]])
+    cos, sin, positions = rest
+    positions = torch.cat([positions[:2], positions, positions[:3]])
+    key, value = (torch.cat([before, x, after]) for x in (key, value))
+    with unchecked():
+        actual = ops.rotary_kv_append(query, key, value, cos, sin, positions, *cache.arguments())
+    assert torch.equal(actual, torch.cat([wanted[:2], wanted, wanted[:3]]))
+    assert_all_equal(cache.arguments()[:2], expected[:2])

@@ -17,6 +17,15 @@ namespace {
 constexpr int kWarps = 4;           // of a block, each with a token of its own
 constexpr int kHeadsPerThread = 4;  // loads under way at once, of one vector each or of two halves
 constexpr int kBlocksPerSm = 6;     // so at most 80 registers
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+
+// Lanes, with sizes that fit the 32-bit numbers of the tables.
+struct LaneTable {
+  const int32_t *block_table, *cache_seqlens, *cu_seqlens;
+  int32_t lanes;
+  uint32_t max_blocks, block_size, num_blocks;
+  int64_t lane_stride;  // of block_table
+};
 
 // The params of all three ops. Query and key are rotated, key and value are appended, by what the
 // op does; a tensor that it does not have is one of 0 heads.
@@ -25,57 +34,59 @@ struct Params {
   void *query_out = nullptr, *key_out = nullptr;  // [tokens, heads, head_dim], contiguous
   RotaryTable table{};
   CacheBlocks key_cache{}, value_cache{};
-  Lanes lanes{};
+  LaneTable lanes{};
   int64_t tokens = 0, head_dim = 0;
 };
 
 // How the threads of a warp share out heads: `width` of them stand side by side along a head, each
 // with the vector at its column, `rows` times for as many heads, and each does so for
-// kHeadsPerThread heads. A head of more columns takes `chunks` warps, a token `parts`.
+// kHeadsPerThread heads. Grid: [tokens / kWarps, heads / (rows kHeadsPerThread), columns / width].
 struct Split {
-  int64_t columns;  // of a head, or of each of its halves where it is rotated
+  static constexpr int kShift = 16;
+
+  int32_t columns;  // of a head, or of each of its halves where it is rotated
   int32_t width, rows;
-  uint32_t chunks, parts;
+  int32_t inverse;  // thread / width = thread * inverse >> kShift
 };
 
 // ---- kernel ----
 
 struct Slot {
-  int64_t block = -1, entry = 0;  // block -1: none
+  bool found = false;
+  uint32_t block = 0, entry = 0;
 };
 
 // The lane that holds the token: the number of lanes that end at or before it. All threads of a
 // warp search, 32 elements a step, within bounds whatever cu_seqlens holds.
-__device__ int64_t find_lane(const Lanes& p, int64_t token) {
+__device__ int find_lane(const LaneTable& p, int32_t token) {
   const int32_t* ends = p.cu_seqlens + 1;
-  int64_t begin = 0;
-  for (int64_t count = p.lanes; count > 0;) {
-    const int64_t step = ceil_div(count, kWarpSize);
-    const int64_t last = (lane_index() + 1) * step - 1;  // of this thread's share
-    const int64_t shares = popcount(ballot(last < count && ends[begin + last] <= token));
+  int begin = 0;
+  for (int count = p.lanes; count > 0;) {
+    const int step = (count - 1) / kWarpSize + 1;
+    const int64_t last = int64_t{lane_index() + 1} * step - 1;  // of this thread's share
+    const int shares = popcount(ballot(last < count && ends[begin + last] <= token));
     begin += shares * step;
-    const int64_t rest = count - shares * step;
-    count = rest < step ? rest : step - 1;
+    count = std::min(count - shares * step, step - 1);
   }
   return begin;
 }
 
 // What is out of range gives no slot.
-__device__ Slot find_slot(const Lanes& p, int64_t lane, int64_t token) {
-  if (lane >= p.lanes || p.cu_seqlens[lane] > token) {
+__device__ Slot find_slot(const LaneTable& p, int lane, int32_t token) {
+  if (lane >= p.lanes) {
     return {};
   }
-  const int64_t held = p.cache_seqlens[lane];
-  const int64_t entry = held + token - p.cu_seqlens[lane];
-  const int64_t logical = entry / p.block_size;
-  if (held < 0 || logical >= p.max_blocks) {
+  const int32_t start = p.cu_seqlens[lane], held = p.cache_seqlens[lane];
+  if (start < 0 || start > token || held < 0) {
     return {};
   }
-  const int64_t block = p.block_table[lane * p.max_blocks + logical];
-  if (block < 0 || block >= p.num_blocks) {
+  const uint32_t entry = static_cast<uint32_t>(held) + static_cast<uint32_t>(token - start);
+  const uint32_t logical = entry / p.block_size;
+  if (logical >= p.max_blocks) {
     return {};
   }
-  return {block, entry - logical * p.block_size};
+  const auto block = static_cast<uint32_t>(p.block_table[lane * p.lane_stride + logical]);
+  return {block < p.num_blocks, block, entry - logical * p.block_size};
 }
 
 // A vector of cosines or sines; NaN from nowhere.
@@ -116,15 +127,47 @@ __device__ void rotate(Raw<T, kVec>& raw1, Raw<T, kVec>& raw2, const float (&cos
   raw2 = std::bit_cast<Raw<T, kVec>>(x2);
 }
 
+// The heads that one thread moves, of those of query, key and value counted through, and its column
+// in them.
+template <bool kRotate, bool kAppend>
+struct Share {
+  int first, step, column;
+  int keys, values, end;  // the first head of the key, of the value, of nothing
+  bool appends;           // whether the warp has heads that go to the cache
+
+  __device__ Share(const Params& p, const Split& split) {
+    const auto part = static_cast<int>(block_index().y), chunk = static_cast<int>(block_index().z);
+    const int row = lane_index() * split.inverse >> Split::kShift;
+    column = chunk * split.width + lane_index() - row * split.width;
+    keys = kRotate ? static_cast<int>(p.query.heads) : 0;
+    values = keys + static_cast<int>(p.key.heads);
+    end = kAppend ? values + static_cast<int>(p.value.heads) : values;
+    step = split.rows;
+    const int low = part * step * kHeadsPerThread, high = low + step * kHeadsPerThread;
+    first = row < split.rows && column < split.columns ? low + row : end;
+    appends = kAppend && high > keys;
+  }
+
+  // The thread's i-th head, among all and in its own tensor.
+  __device__ int head(int i) const { return first + i * step; }
+  __device__ int own_head(int i) const { return head(i) - pick(i, 0, keys, values); }
+
+  // That of the tensor whose head it is.
+  template <typename V>
+  __device__ V pick(int i, V query, V key, V value) const {
+    return kRotate && head(i) < keys ? query : !kAppend || head(i) < values ? key : value;
+  }
+};
+
 template <typename T>
-__device__ const T* head_of(const Heads& x, int64_t token, int64_t head) {
-  return static_cast<const T*>(x.data) + token * x.token_stride + head * x.head_stride;
+__device__ const T* token_of(const Heads& x, int64_t token) {
+  return static_cast<const T*>(x.data) + token * x.token_stride;
 }
 
 template <typename T>
-__device__ T* head_in(const CacheBlocks& cache, Slot slot, int64_t head, int64_t head_dim) {
+__device__ T* entry_of(const CacheBlocks& cache, Slot slot) {
   return static_cast<T*>(cache.data) + slot.block * cache.block_stride +
-         slot.entry * cache.entry_stride + head * head_dim;
+         slot.entry * cache.entry_stride;
 }
 
 template <typename T, int kVec, bool kRotate, bool kAppend>
@@ -132,80 +175,73 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksPerSm)
     move_heads(const __grid_constant__ Params p, const __grid_constant__ Split split) {
   using Vec = Raw<T, kVec>;
   constexpr int kHalves = kRotate ? 2 : 1;
-
-  const uint32_t part = block_index().x % split.parts;
-  const int64_t group = block_index().x / split.parts;
-  const int64_t token = group * kWarps + thread_index() / kWarpSize;
+  const int64_t token = int64_t{block_index().x} * kWarps + thread_index() / kWarpSize;
   if (token >= p.tokens) {
     return;  // the whole warp
   }
-  const int row = lane_index() / split.width;
-  const int64_t column =
-      int64_t{part % split.chunks} * split.width + (lane_index() - row * split.width);
-  const int64_t first = int64_t{part / split.chunks} * split.rows * kHeadsPerThread;
-  const int64_t keys = p.query.heads, values = keys + p.key.heads, heads = values + p.value.heads;
-  const auto head = [&](int i) { return first + i * split.rows + row; };
-  const auto mine = [&](int i) {
-    return row < split.rows && column < split.columns && head(i) < heads;
-  };
+  const Share<kRotate, kAppend> share(p, split);
+  const int offset = share.column * kVec, half_offset = split.columns * kVec;
 
-  // The loads that wait for nothing come first, then those that wait for them, in turns.
+  // Loads that wait for nothing come first, then those that wait for them, in turns.
   [[maybe_unused]] const int64_t position = kRotate ? p.table.positions[token] : 0;
   Vec x[kHeadsPerThread][kHalves];
+  const T *query = token_of<T>(p.query, token), *key = token_of<T>(p.key, token),
+          *value = token_of<T>(p.value, token);
 #pragma unroll
   for (int i = 0; i < kHeadsPerThread; ++i) {
-    if (mine(i)) {
-      const int64_t h = head(i);
-      const T* from = h < keys     ? head_of<T>(p.query, token, h)
-                      : h < values ? head_of<T>(p.key, token, h - keys)
-                                   : head_of<T>(p.value, token, h - values);
+    if (share.head(i) < share.end) {
+      const int64_t stride =
+          share.pick(i, p.query.head_stride, p.key.head_stride, p.value.head_stride);
+      const T* from = share.pick(i, query, key, value) + share.own_head(i) * stride + offset;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        x[i][half] = *reinterpret_cast<const Vec*>(from + (half * split.columns + column) * kVec);
+        x[i][half] = *reinterpret_cast<const Vec*>(from + half * half_offset);
       }
     }
   }
-  const bool appends = kAppend && first + split.rows * kHeadsPerThread > keys;  // the whole warp
-  const int64_t lane = appends ? find_lane(p.lanes, token) : 0;
+  const auto token32 = static_cast<int32_t>(token < kMaxInt32 ? token : kMaxInt32);
+  const int lane = share.appends ? find_lane(p.lanes, token32) : 0;
   [[maybe_unused]] float cos[kVec], sin[kVec];
   if constexpr (kRotate) {
     // A position that the tables do not have gives NaN, so that it shows.
     const RotaryTable& t = p.table;
-    const bool known = position >= 0 && position < t.max_positions && mine(0);
+    const bool known = position >= 0 && position < t.max_positions && share.first < share.end;
     const auto angles = [&](const void* table, int64_t stride) {
-      const auto* from = static_cast<const float*>(table);
-      return known ? from + position * stride + column * kVec : nullptr;
+      return known ? static_cast<const float*>(table) + position * stride + offset : nullptr;
     };
     load_angles(cos, angles(t.cos, t.cos_stride));
     load_angles(sin, angles(t.sin, t.sin_stride));
   }
-  const Slot slot = appends ? find_slot(p.lanes, lane, token) : Slot{};
 
-  const auto place = [&](int64_t h) -> T* {
-    if (h < keys) {
-      return static_cast<T*>(p.query_out) + (token * keys + h) * p.head_dim;
+  T *query_to = nullptr, *key_to = nullptr, *value_to = nullptr;
+  int end = share.end;  // of the heads that have a place to go to
+  if constexpr (kRotate) {
+    query_to = static_cast<T*>(p.query_out) + token * p.query.heads * p.head_dim;
+  }
+  if constexpr (kAppend) {
+    const Slot slot = share.appends ? find_slot(p.lanes, lane, token32) : Slot{};
+    if (slot.found) {
+      key_to = entry_of<T>(p.key_cache, slot);
+      value_to = entry_of<T>(p.value_cache, slot);
+    } else {
+      end = share.keys;
     }
-    if (!kAppend) {
-      return static_cast<T*>(p.key_out) + (token * p.key.heads + h - keys) * p.head_dim;
-    }
-    if (slot.block < 0) {
-      return nullptr;
-    }
-    return h < values ? head_in<T>(p.key_cache, slot, h - keys, p.head_dim)
-                      : head_in<T>(p.value_cache, slot, h - values, p.head_dim);
-  };
+  } else {
+    key_to = static_cast<T*>(p.key_out) + token * p.key.heads * p.head_dim;
+  }
 #pragma unroll
   for (int i = 0; i < kHeadsPerThread; ++i) {
-    T* to = mine(i) ? place(head(i)) : nullptr;
-    if (to != nullptr) {
+    if (share.head(i) < end) {
       if constexpr (kRotate) {
-        if (head(i) < values) {
+        if (share.head(i) < share.values) {
           rotate<T, kVec>(x[i][0], x[i][1], cos, sin);
         }
       }
+      T* to = share.pick(i, query_to, key_to, value_to) +
+              int64_t{share.own_head(i)} * static_cast<int32_t>(p.head_dim) + offset;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        *reinterpret_cast<Vec*>(to + (half * split.columns + column) * kVec) = x[i][half];
+        *reinterpret_cast<Vec*>(to + half * half_offset) = x[i][half];
       }
     }
   }
@@ -216,22 +252,22 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kBlocksPerSm)
 template <typename T, int kVec, bool kRotate, bool kAppend>
 cudaError_t launch_moves(const char* name, const Params& p, cudaStream_t stream) {
   const int64_t columns = p.head_dim / (kRotate ? 2 : 1) / kVec;
-  const int64_t heads = p.query.heads + p.key.heads + p.value.heads;
-  if (p.tokens == 0 || columns == 0 || heads == 0) {
+  if (columns == 0) {
     return cudaSuccess;
   }
-  const int64_t width = std::min<int64_t>(columns, kWarpSize);
-  const int64_t chunks = ceil_div(columns, width);
-  const int64_t rows = kWarpSize / width;
-  const int64_t parts = chunks * ceil_div(heads, rows * kHeadsPerThread);
-  constexpr int64_t kTooMany = std::numeric_limits<uint32_t>::max();  // CUDA says so, then
-  const int64_t blocks = std::min(ceil_div(p.tokens, kWarps) * parts, kTooMany);
-  const Split split{.columns = columns,
+  const int64_t width = std::min<int64_t>(columns, kWarpSize), rows = kWarpSize / width;
+  const int64_t heads = p.query.heads + p.key.heads + p.value.heads;
+  const auto blocks = [](int64_t count, int64_t each) {  // too many for 32 bits are for CUDA too
+    constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+    return static_cast<uint32_t>(std::min(ceil_div(count, each), kMost));
+  };
+  const LaunchShape shape{
+      {blocks(p.tokens, kWarps), blocks(heads, rows * kHeadsPerThread), blocks(columns, width)},
+      kWarps * kWarpSize};
+  const Split split{.columns = static_cast<int32_t>(columns),
                     .width = static_cast<int32_t>(width),
                     .rows = static_cast<int32_t>(rows),
-                    .chunks = static_cast<uint32_t>(chunks),
-                    .parts = static_cast<uint32_t>(parts)};
-  const LaunchShape shape{{static_cast<uint32_t>(blocks), 1, 1}, kWarps * kWarpSize};
+                    .inverse = static_cast<int32_t>(ceil_div(1 << Split::kShift, width))};
   return launch(name, move_heads<T, kVec, kRotate, kAppend>, shape, stream, p, split);
 }
 
@@ -268,6 +304,23 @@ bool aligned(const Params& p, int64_t element, bool rotate) {
          aligned(p.key_cache, element) && aligned(p.value_cache, element);
 }
 
+// Entries and blocks have numbers below 2^32, so that a larger size makes no difference; 2^31 lanes
+// would need cu_seqlens of 8 GB.
+LaneTable table_of(const Lanes& lanes) {
+  const auto at_most = [](int64_t size, int64_t limit) {
+    return static_cast<uint32_t>(std::min(size, limit));
+  };
+  constexpr int64_t kMaxUint32 = std::numeric_limits<uint32_t>::max();
+  return {.block_table = lanes.block_table,
+          .cache_seqlens = lanes.cache_seqlens,
+          .cu_seqlens = lanes.cu_seqlens,
+          .lanes = static_cast<int32_t>(std::min(lanes.lanes, kMaxInt32)),
+          .max_blocks = at_most(lanes.max_blocks, kMaxUint32),
+          .block_size = at_most(lanes.block_size, kMaxUint32),
+          .num_blocks = at_most(lanes.num_blocks, kMaxInt32 + 1),
+          .lane_stride = lanes.max_blocks};
+}
+
 template <typename T, bool kRotate, bool kAppend>
 cudaError_t dispatch_width(const char* name, const Params& p, cudaStream_t stream) {
   return aligned(p, sizeof(T), kRotate)
@@ -295,7 +348,7 @@ cudaError_t kv_append(const KvAppendParams& p, cudaStream_t stream) {
                       .value = p.value,
                       .key_cache = p.key_cache,
                       .value_cache = p.value_cache,
-                      .lanes = p.lanes,
+                      .lanes = table_of(p.lanes),
                       .tokens = p.tokens,
                       .head_dim = p.head_dim};
   // Any type of the element's size: copies are bit for bit.
@@ -311,7 +364,7 @@ cudaError_t rotary_kv_append(const RotaryKvAppendParams& p, cudaStream_t stream)
                       .table = p.table,
                       .key_cache = p.key_cache,
                       .value_cache = p.value_cache,
-                      .lanes = p.lanes,
+                      .lanes = table_of(p.lanes),
                       .tokens = p.tokens,
                       .head_dim = p.head_dim};
   return dispatch_data_dtype(p.dtype, [&]<typename T>() {
