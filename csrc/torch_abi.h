@@ -260,7 +260,7 @@ class Checks {
   void floating(const char* argument, const Tensor& tensor) const {
     const ScalarType t = tensor.scalar_type();
 #if defined(MOR_SIMT)
-    const bool fp64_on_cpu = false;  // CUDA kernels have none
+    const bool fp64_on_cpu = false;  // CPU tensors stand for CUDA tensors
 #else
     const bool fp64_on_cpu = t == ScalarType::Double && tensor.is_cpu();
 #endif

@@ -101,6 +101,11 @@ def unchecked() -> Iterator[None]:
         namespace.set_debug(_current != Backend.CPU)
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """On the current backend's device."""
+    return torch.autocast(torch.get_default_device().type, dtype)
+
+
 # ---- tolerances ----
 
 
