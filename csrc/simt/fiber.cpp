@@ -4,22 +4,27 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 
-#if defined(__x86_64__) || defined(__aarch64__)
-#define MOR_SIMT_ASSEMBLY 1
-#else
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#define MOR_SIMT_UCONTEXT 1  // may also be asked for
+#endif
+
+#if defined(MOR_SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(MOR_SIMT_ASSEMBLY)
-// Saves the caller's registers on its stack and that stack in *save, continues on the stack load.
+// void mor_simt_switch(void** save, void* load): pushes the registers that a call preserves, keeps
+// the stack in *save, and pops them from the stack load.
+#if !defined(MOR_SIMT_UCONTEXT)
 extern "C" void mor_simt_switch(void** save, void* load);
 #if defined(__x86_64__)
 asm(R"(
@@ -45,6 +50,7 @@ mor_simt_switch:
   ret
 .size mor_simt_switch, .-mor_simt_switch
 )");
+constexpr int kSavedWords = 8, kReturnAddress = 6;  // the last word: where run() would return to
 #else
 asm(R"(
 .text
@@ -53,12 +59,12 @@ asm(R"(
 .type mor_simt_switch, %function
 mor_simt_switch:
   sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
+  stp x29, x30, [sp, #0]
+  stp x19, x20, [sp, #16]
+  stp x21, x22, [sp, #32]
+  stp x23, x24, [sp, #48]
+  stp x25, x26, [sp, #64]
+  stp x27, x28, [sp, #80]
   stp d8, d9, [sp, #96]
   stp d10, d11, [sp, #112]
   stp d12, d13, [sp, #128]
@@ -66,12 +72,12 @@ mor_simt_switch:
   mov x9, sp
   str x9, [x0]
   mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
+  ldp x29, x30, [sp, #0]
+  ldp x19, x20, [sp, #16]
+  ldp x21, x22, [sp, #32]
+  ldp x23, x24, [sp, #48]
+  ldp x25, x26, [sp, #64]
+  ldp x27, x28, [sp, #80]
   ldp d8, d9, [sp, #96]
   ldp d10, d11, [sp, #112]
   ldp d12, d13, [sp, #128]
@@ -80,126 +86,128 @@ mor_simt_switch:
   ret
 .size mor_simt_switch, .-mor_simt_switch
 )");
+constexpr int kSavedWords = 20, kReturnAddress = 1;
 #endif
 #endif
 
 namespace mor::simt {
+
+struct Fiber::Context {
+  char *stack = nullptr, *top = nullptr;  // null: not its own
+  void (*entry)() = nullptr;
+#if defined(MOR_SIMT_UCONTEXT)
+  ucontext_t registers;
+#else
+  void* registers = nullptr;  // on the stack
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake_stack = nullptr;
+  const void* bottom = nullptr;  // of a stack that is not its own: as the sanitizer told
+  size_t bytes = 0;
+#endif
+
+  void unpoison();
+  static void arrive();
+  [[noreturn]] static void run();
+
+  static constinit thread_local Context *from, *to;  // of the latest switch
+};
+
+constinit thread_local Fiber::Context* Fiber::Context::from = nullptr;
+constinit thread_local Fiber::Context* Fiber::Context::to = nullptr;
+
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 1 << 20;
-#else
-constexpr size_t kStackBytes = 1 << 17;
-#endif
+constexpr size_t kStackBytes = 1 << 18;  // pages that nobody uses cost nothing
+
+size_t page_bytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
 
 }  // namespace
 
-struct Fiber::Context {
-  char* stack = nullptr;  // a guard page, then kStackBytes
-  size_t guard = 0;
-  void (*entry)(void*) = nullptr;
-  void* argument = nullptr;
-#if defined(MOR_SIMT_ASSEMBLY)
-  void *own = nullptr, *caller = nullptr;
-#else
-  ucontext_t own, caller;
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  void *own_fake = nullptr, *caller_fake = nullptr;
-  const void* caller_bottom = nullptr;
-  size_t caller_size = 0;
-#endif
-};
+Fiber::Fiber() : context_(new Context) {}
 
-thread_local Fiber::Context* Fiber::starting = nullptr;
-
-Fiber::Fiber() : context_(new Context) {
-  context_->guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, context_->guard + kStackBytes, PROT_READ | PROT_WRITE,
+Fiber::Fiber(int number) : context_(new Context) {
+  // The lowest page stays out of bounds.
+  void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
-    delete context_;
+  if (memory == MAP_FAILED || mprotect(memory, page_bytes(), PROT_NONE) != 0) {
     throw std::bad_alloc();
   }
-  mprotect(memory, context_->guard, PROT_NONE);
-  context_->stack = static_cast<char*>(memory) + context_->guard;
+  context_->stack = static_cast<char*>(memory) + page_bytes();
+  // Tops that are all at the same place of a page would share a few sets of the cache.
+  context_->top = context_->stack + kStackBytes - number * 576 % 4096;
 }
 
 Fiber::~Fiber() {
-  munmap(context_->stack - context_->guard, context_->guard + kStackBytes);
-  delete context_;
+  if (context_->stack != nullptr) {
+    context_->unpoison();
+    munmap(context_->stack - page_bytes(), page_bytes() + kStackBytes);
+  }
 }
 
-void Fiber::run() {
-  Context* context = starting;
+// What calls that were left in the middle have marked on the stack.
+void Fiber::Context::unpoison() {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &context->caller_bottom, &context->caller_size);
+#if defined(MOR_SIMT_UCONTEXT)
+  const char* used = stack;
+#else
+  const char* used = registers == nullptr ? top : static_cast<const char*>(registers);
 #endif
-  context->entry(context->argument);
+  __asan_unpoison_memory_region(used, static_cast<size_t>(stack + kStackBytes - used));
+#endif
+}
+
+// The first thing on the new stack.
+void Fiber::Context::arrive() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(to->fake_stack, &from->bottom, &from->bytes);
+#endif
+}
+
+void Fiber::Context::run() {
+  arrive();
+  to->entry();
   std::abort();  // entry must not return
 }
 
-void Fiber::start(void (*entry)(void*), void* argument) {
+void Fiber::start(void (*entry)()) {
+  context_->unpoison();
   context_->entry = entry;
-  context_->argument = argument;
-#if defined(MOR_SIMT_ASSEMBLY)
-  // What mor_simt_switch pops: zeros for the registers, then run() as the return address.
-  auto* top = reinterpret_cast<uintptr_t*>(context_->stack + kStackBytes);
-#if defined(__x86_64__)
-  *--top = 0;  // where run() would return to
-  *--top = reinterpret_cast<uintptr_t>(&Fiber::run);
-  for (int i = 0; i < 6; ++i) {
-    *--top = 0;
-  }
-#else
-  top -= 20;
-  for (int i = 0; i < 20; ++i) {
-    top[i] = 0;
-  }
-  top[11] = reinterpret_cast<uintptr_t>(&Fiber::run);  // x30
-#endif
-  context_->own = top;
-#else
-  getcontext(&context_->own);
-  context_->own.uc_stack.ss_sp = context_->stack;
-  context_->own.uc_stack.ss_size = kStackBytes;
-  context_->own.uc_link = nullptr;
-  makecontext(&context_->own, &Fiber::run, 0);
-#endif
 #if defined(__SANITIZE_ADDRESS__)
-  context_->own_fake = nullptr;
+  context_->fake_stack = nullptr;
+#endif
+#if defined(MOR_SIMT_UCONTEXT)
+  getcontext(&context_->registers);
+  context_->registers.uc_stack.ss_sp = context_->stack;
+  context_->registers.uc_stack.ss_size = static_cast<size_t>(context_->top - context_->stack);
+  context_->registers.uc_link = nullptr;
+  makecontext(&context_->registers, &Context::run, 0);
+#else
+  auto* saved = reinterpret_cast<uintptr_t*>(context_->top) - kSavedWords;
+  std::fill_n(saved, kSavedWords, 0);
+  saved[kReturnAddress] = reinterpret_cast<uintptr_t>(&Context::run);
+  context_->registers = saved;
 #endif
 }
 
-void Fiber::resume() {
-  starting = context_;
+void Fiber::switch_to(Fiber& other) {
+  Context::from = context_.get();
+  Context::to = other.context_.get();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&context_->caller_fake, context_->stack, kStackBytes);
+  const bool own = Context::to->stack != nullptr;
+  __sanitizer_start_switch_fiber(&context_->fake_stack,
+                                 own ? Context::to->stack : Context::to->bottom,
+                                 own ? kStackBytes : Context::to->bytes);
 #endif
-#if defined(MOR_SIMT_ASSEMBLY)
-  mor_simt_switch(&context_->caller, context_->own);
+#if defined(MOR_SIMT_UCONTEXT)
+  swapcontext(&context_->registers, &other.context_->registers);
 #else
-  swapcontext(&context_->caller, &context_->own);
+  mor_simt_switch(&context_->registers, other.context_->registers);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(context_->caller_fake, nullptr, nullptr);
-#endif
-}
-
-void Fiber::leave() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&context_->own_fake, context_->caller_bottom,
-                                 context_->caller_size);
-#endif
-#if defined(MOR_SIMT_ASSEMBLY)
-  mor_simt_switch(&context_->own, context_->caller);
-#else
-  swapcontext(&context_->own, &context_->caller);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(context_->own_fake, &context_->caller_bottom,
-                                  &context_->caller_size);
-#endif
+  Context::arrive();
 }
 
 }  // namespace mor::simt
