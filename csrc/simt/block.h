@@ -36,8 +36,6 @@ struct Copy {
 };
 
 struct Thread {
-  explicit Thread(int index) : fiber(index) {}
-
   Fiber fiber;
   std::vector<Copy> copies;  // asynchronous, oldest first
   size_t arrived = 0;        // of these copies
@@ -58,13 +56,15 @@ struct SharedArray {
   bool operator==(const SharedArray&) const = default;
 };
 
+inline constexpr int kMaxBlock = 1024;
+
 struct Block {
   Launch launch;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
 
   Fiber scheduler;
-  std::vector<std::unique_ptr<Thread>> threads;  // as many as the largest block so far
+  std::unique_ptr<Thread[]> threads{new Thread[kMaxBlock]};
   std::vector<Warp> warps;
   int alive = 0;      // threads
   int idle = 0;       // rounds since a thread returned or passed a barrier
@@ -84,7 +84,7 @@ struct Block {
 extern constinit thread_local Block* current;
 
 inline Thread& thread_of(int index) {
-  return *current->threads[static_cast<size_t>(index)];
+  return current->threads[static_cast<size_t>(index)];
 }
 
 // The running thread's copies of groups before this one arrive.

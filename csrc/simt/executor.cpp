@@ -20,7 +20,6 @@ constinit thread_local Block* current = nullptr;
 namespace {
 
 constexpr Dim kMaxGrid{0x7fffffff, 65535, 65535};
-constexpr int kMaxBlock = 1024;
 constexpr int64_t kMaxShared = 163 << 10;  // bytes, of sm_80
 constexpr int64_t kSharedAlign = 128;
 constexpr int kMaxIdle = 100000;  // rounds of nothing but threads that wait in a loop
@@ -71,7 +70,8 @@ std::string standstill() {
 }
 
 bool same(Site a, Site b) {
-  return a.line() == b.line() && a.column() == b.column();
+  return std::memcmp(&a, &b, sizeof(Site)) == 0 ||
+         (a.line() == b.line() && a.column() == b.column());
 }
 
 // ---- threads ----
@@ -171,7 +171,7 @@ void start_block() {
     thread.copies.clear();  // of a block that has failed
     thread.arrived = 0;
     thread.group = 0;
-    thread.fiber.start(&thread_main);
+    thread.fiber.start(&thread_main, t);
   }
   block.alive = block_size();
   block.idle = 0;
@@ -233,9 +233,6 @@ void prepare(const Launch& launch) {
   block.error.clear();
   block.arrays.clear();
   block.warps.resize(static_cast<size_t>((launch.block + kWarp - 1) / kWarp));
-  while (block.threads.size() < static_cast<size_t>(launch.block)) {
-    block.threads.push_back(std::make_unique<Thread>(static_cast<int>(block.threads.size())));
-  }
   block.memory.resize(static_cast<size_t>(launch.shared_bytes + kSharedAlign));
   const auto address = reinterpret_cast<uintptr_t>(block.memory.data());
   block.shared = block.memory.data() + (kSharedAlign - address % kSharedAlign) % kSharedAlign;

@@ -91,123 +91,100 @@ constexpr int kSavedWords = 20, kReturnAddress = 1;
 #endif
 
 namespace mor::simt {
-
-struct Fiber::Context {
-  char *stack = nullptr, *top = nullptr;  // null: not its own
-  void (*entry)() = nullptr;
-#if defined(MOR_SIMT_UCONTEXT)
-  ucontext_t registers;
-#else
-  void* registers = nullptr;  // on the stack
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack = nullptr;
-  const void* bottom = nullptr;  // of a stack that is not its own: as the sanitizer told
-  size_t bytes = 0;
-#endif
-
-  void unpoison();
-  static void arrive();
-  [[noreturn]] static void run();
-
-  static constinit thread_local Context *from, *to;  // of the latest switch
-};
-
-constinit thread_local Fiber::Context* Fiber::Context::from = nullptr;
-constinit thread_local Fiber::Context* Fiber::Context::to = nullptr;
-
 namespace {
 
 constexpr size_t kStackBytes = 1 << 18;  // pages that nobody uses cost nothing
+
+constinit thread_local Fiber *from = nullptr, *to = nullptr;  // of the latest switch
 
 size_t page_bytes() {
   static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
 }
 
-}  // namespace
-
-Fiber::Fiber() : context_(new Context) {}
-
-Fiber::Fiber(int number) : context_(new Context) {
-  // The lowest page stays out of bounds.
+// Above a page that is out of bounds.
+char* new_stack() {
   void* memory = mmap(nullptr, page_bytes() + kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page_bytes(), PROT_NONE) != 0) {
     throw std::bad_alloc();
   }
-  context_->stack = static_cast<char*>(memory) + page_bytes();
-  // Tops that are all at the same place of a page would share a few sets of the cache.
-  context_->top = context_->stack + kStackBytes - number * 576 % 4096;
+  return static_cast<char*>(memory) + page_bytes();
 }
+
+}  // namespace
 
 Fiber::~Fiber() {
-  if (context_->stack != nullptr) {
-    context_->unpoison();
-    munmap(context_->stack - page_bytes(), page_bytes() + kStackBytes);
+  if (stack_ != nullptr) {
+    unpoison();
+    munmap(stack_ - page_bytes(), page_bytes() + kStackBytes);
   }
-}
-
-// What calls that were left in the middle have marked on the stack.
-void Fiber::Context::unpoison() {
-#if defined(__SANITIZE_ADDRESS__)
 #if defined(MOR_SIMT_UCONTEXT)
-  const char* used = stack;
-#else
-  const char* used = registers == nullptr ? top : static_cast<const char*>(registers);
-#endif
-  __asan_unpoison_memory_region(used, static_cast<size_t>(stack + kStackBytes - used));
+  delete static_cast<ucontext_t*>(registers_);
 #endif
 }
 
-// The first thing on the new stack.
-void Fiber::Context::arrive() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(to->fake_stack, &from->bottom, &from->bytes);
-#endif
-}
-
-void Fiber::Context::run() {
-  arrive();
-  to->entry();
-  std::abort();  // entry must not return
-}
-
-void Fiber::start(void (*entry)()) {
-  context_->unpoison();
-  context_->entry = entry;
-#if defined(__SANITIZE_ADDRESS__)
-  context_->fake_stack = nullptr;
-#endif
+void Fiber::start(void (*entry)(), int number) {
+  if (stack_ == nullptr) {
+    stack_ = new_stack();
+    bottom_ = stack_;
+    bytes_ = kStackBytes;
+  }
+  unpoison();
+  entry_ = entry;
+  fake_stack_ = nullptr;
+  // Tops that are all at the same place of a page would share a few sets of the cache.
+  const size_t bytes = kStackBytes - static_cast<size_t>(number) * 576 % 4096;
 #if defined(MOR_SIMT_UCONTEXT)
-  getcontext(&context_->registers);
-  context_->registers.uc_stack.ss_sp = context_->stack;
-  context_->registers.uc_stack.ss_size = static_cast<size_t>(context_->top - context_->stack);
-  context_->registers.uc_link = nullptr;
-  makecontext(&context_->registers, &Context::run, 0);
+  registers_ = registers_ == nullptr ? new ucontext_t : registers_;
+  auto* context = static_cast<ucontext_t*>(registers_);
+  getcontext(context);
+  context->uc_stack.ss_sp = stack_;
+  context->uc_stack.ss_size = bytes;
+  context->uc_link = nullptr;
+  makecontext(context, &Fiber::run, 0);
 #else
-  auto* saved = reinterpret_cast<uintptr_t*>(context_->top) - kSavedWords;
+  auto* saved = reinterpret_cast<uintptr_t*>(stack_ + bytes) - kSavedWords;
   std::fill_n(saved, kSavedWords, 0);
-  saved[kReturnAddress] = reinterpret_cast<uintptr_t>(&Context::run);
-  context_->registers = saved;
+  saved[kReturnAddress] = reinterpret_cast<uintptr_t>(&Fiber::run);
+  registers_ = saved;
 #endif
 }
 
 void Fiber::switch_to(Fiber& other) {
-  Context::from = context_.get();
-  Context::to = other.context_.get();
+  from = this;
+  to = &other;
 #if defined(__SANITIZE_ADDRESS__)
-  const bool own = Context::to->stack != nullptr;
-  __sanitizer_start_switch_fiber(&context_->fake_stack,
-                                 own ? Context::to->stack : Context::to->bottom,
-                                 own ? kStackBytes : Context::to->bytes);
+  __sanitizer_start_switch_fiber(&fake_stack_, other.bottom_, other.bytes_);
 #endif
 #if defined(MOR_SIMT_UCONTEXT)
-  swapcontext(&context_->registers, &other.context_->registers);
+  registers_ = registers_ == nullptr ? new ucontext_t : registers_;
+  swapcontext(static_cast<ucontext_t*>(registers_), static_cast<ucontext_t*>(other.registers_));
 #else
-  mor_simt_switch(&context_->registers, other.context_->registers);
+  mor_simt_switch(&registers_, other.registers_);
 #endif
-  Context::arrive();
+  arrive();
+}
+
+void Fiber::run() {
+  arrive();
+  to->entry_();
+  std::abort();  // entry must not return
+}
+
+void Fiber::arrive() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(to->fake_stack_, &from->bottom_, &from->bytes_);
+#endif
+}
+
+// Calls that were left in the middle have marked parts of the stack as out of bounds.
+void Fiber::unpoison() {
+#if defined(__SANITIZE_ADDRESS__)
+  const bool on_stack = registers_ >= stack_ && registers_ < stack_ + kStackBytes;
+  char* used = on_stack ? static_cast<char*>(registers_) : stack_;
+  __asan_unpoison_memory_region(used, static_cast<size_t>(stack_ + kStackBytes - used));
+#endif
 }
 
 }  // namespace mor::simt

@@ -1,6 +1,7 @@
 #include "simt/race.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace mor::simt {
 namespace {
@@ -61,21 +62,19 @@ bool RaceDetector::conflicts(Access now, const std::string& what, int64_t piece)
                                                               int64_t pieces, Access now) {
   const Clock& known = known_[thread / kWarp];
   const Write* writes = &writes_[first];
-  Write ordered;  // mostly all pieces of an access were written at once
-  for (int64_t i = 0; i < pieces; ++i) {
-    const Write write = writes[i];
-    if (write == ordered) {
-      continue;
+  bool alike = true;  // mostly all pieces of an access were written at once
+  for (int64_t i = 1; i < pieces; ++i) {
+    alike &= writes[i] == writes[0];
+  }
+  for (int64_t i = 0; i < (alike ? 1 : pieces); ++i) {
+    const auto [count, writer, copying] = writes[i];
+    if (copying || (writer != thread && count > known[writer / kWarp])) [[unlikely]] {
+      return conflicts(now,
+                       (copying ? "the copy_async of thread " : "thread ") +
+                           std::to_string(writer) +
+                           (copying ? " has yet to write" : " wrote, with no barrier between"),
+                       first + i);
     }
-    if (write.copying || (write.thread != thread && write.count > known[write.thread / kWarp]))
-        [[unlikely]] {
-      return conflicts(
-          now,
-          (write.copying ? "the copy_async of thread " : "thread ") + std::to_string(write.thread) +
-              (write.copying ? " has yet to write" : " wrote, with no barrier between"),
-          first + i);
-    }
-    ordered = write;
   }
   return true;
 }
@@ -84,7 +83,6 @@ bool RaceDetector::conflicts(Access now, const std::string& what, int64_t piece)
                                                              int64_t first, int64_t pieces,
                                                              Access now) {
   const Marks& marks = before == Access::kRead ? reads_ : atomics_;
-  const int warp = thread / kWarp;
   if (marks.warps.empty()) {
     return true;
   }
@@ -94,12 +92,19 @@ bool RaceDetector::conflicts(Access now, const std::string& what, int64_t piece)
   }
   for (; warps != 0; warps &= warps - 1) {
     const int w = std::countr_zero(warps);
-    const uint32_t first_unordered = (known_[warp][w] + 1) << kLaneBits;
-    const uint32_t own_lane = w == warp ? thread % kWarp : kNone;
+    const uint32_t first_unordered = (known_[thread / kWarp][w] + 1) << kLaneBits;
+    const uint32_t own_lane = w == thread / kWarp ? thread % kWarp : kNone;
     const uint32_t* of_warp = &marks.latest[w * pieces_ + first];
+    const auto unordered = [&](int64_t i) {
+      return of_warp[i] >= first_unordered && of_warp[i] % (1 << kLaneBits) != own_lane;
+    };
+    bool any = false;
     for (int64_t i = 0; i < pieces; ++i) {
-      const uint32_t lane = of_warp[i] % (1 << kLaneBits);
-      if (of_warp[i] >= first_unordered && lane != own_lane) [[unlikely]] {
+      any |= unordered(i);
+    }
+    for (int64_t i = 0; any; ++i) {
+      if (unordered(i)) {
+        const uint32_t lane = of_warp[i] % (1 << kLaneBits);
         return conflicts(now,
                          (lane == kSeveral ? "several threads of warp " + std::to_string(w)
                                            : "thread " + std::to_string(w * kWarp + lane)) +
@@ -122,8 +127,10 @@ bool RaceDetector::conflicts(Access now, const std::string& what, int64_t piece)
   const uint32_t first_unordered = (known_[warp][warp] + 1) << kLaneBits;
   uint32_t* of_warp = &marks.latest[warp * pieces_ + first];
   for (int64_t i = 0; i < pieces; ++i) {
-    const bool other = of_warp[i] >= first_unordered && of_warp[i] % (1 << kLaneBits) != lane;
-    of_warp[i] = count | (other ? kSeveral : lane);
+    const bool several = of_warp[i] >= first_unordered && of_warp[i] % (1 << kLaneBits) != lane;
+    of_warp[i] = several ? count | kSeveral : count | lane;
+  }
+  for (int64_t i = 0; i < pieces; ++i) {
     marks.warps[first + i] |= 1u << warp;
   }
 }
