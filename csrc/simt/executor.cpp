@@ -22,7 +22,7 @@ namespace {
 constexpr Dim kMaxGrid{0x7fffffff, 65535, 65535};
 constexpr int64_t kMaxShared = 163 << 10;  // bytes, of sm_80
 constexpr int64_t kSharedAlign = 128;
-constexpr int kMaxIdle = 100000;  // rounds of nothing but threads that wait in a loop
+constexpr int kMaxIdle = 10000;  // rounds of nothing but threads that wait in a loop
 
 struct Failed {};
 
