@@ -17,7 +17,7 @@
 #include <ucontext.h>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MOR_SANITIZE)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -154,7 +154,7 @@ void Fiber::start(void (*entry)(), int number) {
 void Fiber::switch_to(Fiber& other) {
   from = this;
   to = &other;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MOR_SANITIZE)
   __sanitizer_start_switch_fiber(&fake_stack_, other.bottom_, other.bytes_);
 #endif
 #if defined(MOR_SIMT_UCONTEXT)
@@ -173,14 +173,14 @@ void Fiber::run() {
 }
 
 void Fiber::arrive() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MOR_SANITIZE)
   __sanitizer_finish_switch_fiber(to->fake_stack_, &from->bottom_, &from->bytes_);
 #endif
 }
 
 // Calls that were left in the middle have marked parts of the stack as out of bounds.
 void Fiber::unpoison() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(MOR_SANITIZE)
   const bool on_stack = registers_ >= stack_ && registers_ < stack_ + kStackBytes;
   char* used = on_stack ? static_cast<char*>(registers_) : stack_;
   __asan_unpoison_memory_region(used, static_cast<size_t>(stack_ + kStackBytes - used));

@@ -316,6 +316,29 @@ __global__ void half_a_warp_multiplies(int32_t*) {
   }
 }
 
+// ---- what the sanitizers find ----
+
+#if defined(__SANITIZE_ADDRESS__)
+__global__ void past_global_memory(int32_t* data) {
+  data[kWords + thread_index()] = 1;
+}
+
+__global__ void copy_past_global_memory(int32_t* data) {
+  const auto s = words();
+  if (thread_index() < 16) {
+    copy_async(s + 4 * thread_index(), data + kWords + 4 * thread_index());
+  }
+}
+
+__global__ void misaligned_global_vector(int32_t* data) {
+  reinterpret_cast<Vector<int32_t, 4>*>(data + 1)[thread_index()] = {};
+}
+
+__global__ void signed_overflow(int32_t* data) {
+  data[thread_index()] = 0x7fffffff - 32 + thread_index();
+}
+#endif
+
 // ---- launches ----
 
 __global__ void nothing(int32_t*) {}
@@ -381,6 +404,12 @@ ScratchKernels fault_kernels() {
       {"from_a_lane_that_takes_no_part", {from_a_lane_that_takes_no_part}},
       {"half_a_warp_multiplies", one_warp(half_a_warp_multiplies)},
       {"launch_in_a_kernel", {launch_in_a_kernel}},
+#if defined(__SANITIZE_ADDRESS__)
+      {"past_global_memory", {past_global_memory}},
+      {"copy_past_global_memory", {copy_past_global_memory}},
+      {"misaligned_global_vector", {misaligned_global_vector}},
+      {"signed_overflow", {signed_overflow}},
+#endif
       {"too_many_threads", shape(1025, 0, {1, 1, 1})},
       {"too_many_blocks", shape(32, 0, {1, 65536, 1})},
       {"too_much_shared_memory", shape(32, 200000, {1, 1, 1})},
