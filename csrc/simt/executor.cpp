@@ -255,9 +255,11 @@ std::string run(const Launch& launch, void (*body)(void*), void* context) {
   if (std::string error = invalid(launch); !error.empty()) {
     return error;
   }
-  static thread_local Block block;
+  // On the heap: there is little room for thread_local variables that are an address away.
+  static thread_local const auto block_of_this_thread = std::make_unique<Block>();
   static thread_local std::minstd_rand random;
   const DefaultFloats floats;
+  Block& block = *block_of_this_thread;
   current = &block;
   prepare(launch);
   block.body = body;
