@@ -26,7 +26,7 @@ struct GatherTokensParams {
 // Entries of a row come in ascending order. The caller gives the memory, the device fills it.
 struct InverseIndex {
   const int32_t* index;  // [count], -1 names no row
-  int32_t* first;        // [num_rows + 1], the last one for the CUDA kernels' own use
+  int32_t* first;        // [num_rows + 1]; the last is the CUDA kernels' own, see has_repeats
   int32_t* next;         // [count]
   int64_t num_rows, count;
 };
