@@ -6,7 +6,7 @@
 namespace mor::cuda {
 namespace {
 
-// first is -1 everywhere. Repeats may come in any order: one of them stays.
+// Repeats may come in any order: one of them stays.
 __global__ void __launch_bounds__(kThreads) map_sources_kernel(InverseIndex inverse) {
   const int64_t entry = int64_t{block_index().x} * kThreads + thread_index();
   if (entry < inverse.count) {
@@ -82,26 +82,19 @@ LaunchShape threads_of(int64_t count) {
   return {{static_cast<uint32_t>(ceil_div(count, kThreads)), 1, 1}, kThreads};
 }
 
-cudaError_t clear(const InverseIndex& inverse, cudaStream_t stream) {
-  const auto bytes = static_cast<size_t>(inverse.num_rows + 1) * sizeof(int32_t);
-  return cudaMemsetAsync(inverse.first, 0xff, bytes, stream);
-}
-
 }  // namespace
 
 cudaError_t map_sources(const InverseIndex& inverse, cudaStream_t stream) {
-  if (const cudaError_t error = clear(inverse, stream); error != cudaSuccess) {
-    return error;
-  }
   return launch("map_sources", map_sources_kernel, threads_of(inverse.count), stream, inverse);
 }
 
 cudaError_t invert_index(const InverseIndex& inverse, cudaStream_t stream) {
-  if (const cudaError_t error = clear(inverse, stream); error != cudaSuccess) {
+  const auto bytes = static_cast<size_t>(inverse.num_rows + 1) * sizeof(int32_t);
+  cudaError_t error = cudaMemsetAsync(inverse.first, 0xff, bytes, stream);
+  if (error != cudaSuccess) {
     return error;
   }
-  const cudaError_t error =
-      launch("place_entries", place_entries_kernel, threads_of(inverse.count), stream, inverse);
+  error = launch("place_entries", place_entries_kernel, threads_of(inverse.count), stream, inverse);
   if (error != cudaSuccess || inverse.count == 0) {
     return error;
   }

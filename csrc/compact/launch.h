@@ -22,7 +22,8 @@ int64_t gather_rms_norm_bwd_blocks(const GatherRmsNormBwdParams& p);
 cudaError_t gather_rms_norm_bwd(const GatherRmsNormBwdParams& p, cudaStream_t stream);
 
 // Steps of the above. invert_index: see InverseIndex. map_sources: first[row] is an entry that
-// names the row, any of them, or -1.
+// names the row, any of them; where none does it stays what it was. So nothing needs to be cleared
+// first, and whoever reads it looks whether index[first[row]] is the row.
 cudaError_t invert_index(const InverseIndex& inverse, cudaStream_t stream);
 cudaError_t map_sources(const InverseIndex& inverse, cudaStream_t stream);
 

@@ -5,7 +5,7 @@ namespace mor::cuda {
 namespace {
 
 // Pieces that a thread keeps in registers: a row of 16 KiB in those of a block.
-constexpr int kHeld = 4;
+constexpr int kMaxHeld = 4;
 
 template <typename T, int kElements, int kHeld>
 __global__ void __launch_bounds__(kThreads)
@@ -80,10 +80,10 @@ cudaError_t gather_rms_norm(const GatherRmsNormParams& p, cudaStream_t stream) {
   return dispatch_pieces(p.dtype, {p.x, p.weight, p.rows, p.normed}, {p.row_size, p.x_stride},
                          [&]<typename T, int kElements>() {
                            const int64_t pieces = p.row_size / kElements;
-                           const int team = team_size(pieces, kHeld, kThreads);
+                           const int team = smallest_team(pieces, kMaxHeld, kThreads);
                            if constexpr (kElements > 1) {
-                             if (pieces <= kHeld * kThreads) {
-                               return launch_teams<T, kElements, kHeld>(p, team, stream);
+                             if (pieces <= kMaxHeld * kThreads) {
+                               return launch_teams<T, kElements, kMaxHeld>(p, team, stream);
                              }
                            }
                            return launch_teams<T, kElements, 0>(p, team, stream);

@@ -5,7 +5,7 @@ namespace mor::cuda {
 namespace {
 
 // Pieces that a thread keeps in registers, with as many sums: a row of 16 KiB in those of a block.
-constexpr int kHeld = 2;
+constexpr int kMaxHeld = 2;
 constexpr int kMaxTeam = 512;
 
 // Sums of a thread's columns of a row, in registers.
@@ -32,7 +32,7 @@ class RegisterSums {
   }
 
  private:
-  float sums_[kHeld][kElements];
+  float sums_[kMaxHeld][kElements];
 };
 
 // The same in a row of memory: float* or Shared<float>.
@@ -253,17 +253,18 @@ cudaError_t gather_rms_norm_bwd(const GatherRmsNormBwdParams& p, cudaStream_t st
   if (const cudaError_t error = invert_index(p.inverse, stream); error != cudaSuccess) {
     return error;
   }
-  const cudaError_t error = dispatch_pieces(
-      p.dtype, {p.grad_rows, p.grad_normed, p.rows, p.weight, p.grad_x}, {p.row_size},
-      [&]<typename T, int kElements>() {
-        const int64_t pieces = p.row_size / kElements;
-        if constexpr (kElements > 1) {
-          if (pieces <= kHeld * kMaxTeam) {
-            return launch_teams<T, kElements, kHeld>(p, team_size(pieces, kHeld, kMaxTeam), stream);
-          }
-        }
-        return launch_teams<T, kElements, 0>(p, kThreads, stream);
-      });
+  const cudaError_t error =
+      dispatch_pieces(p.dtype, {p.grad_rows, p.grad_normed, p.rows, p.weight, p.grad_x},
+                      {p.row_size}, [&]<typename T, int kElements>() {
+                        const int64_t pieces = p.row_size / kElements;
+                        if constexpr (kElements > 1) {
+                          if (pieces <= kMaxHeld * kMaxTeam) {
+                            const int team = smallest_team(pieces, kMaxHeld, kMaxTeam);
+                            return launch_teams<T, kElements, kMaxHeld>(p, team, stream);
+                          }
+                        }
+                        return launch_teams<T, kElements, 0>(p, kThreads, stream);
+                      });
   if (error != cudaSuccess) {
     return error;
   }

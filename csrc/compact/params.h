@@ -49,7 +49,7 @@ struct ScatterTokensParams {
   const void* x;       // [num_rows, row_size], rows x_stride elements apart
   const void* update;  // [count, row_size], rows update_stride elements apart
   Gate gate;
-  InverseIndex inverse;  // first[row] is the entry that updates a row, or -1; no next on CUDA
+  InverseIndex inverse;  // of unique entries; on CUDA as cuda::map_sources leaves it
   void* out;             // [num_rows, row_size]
   int64_t row_size, x_stride, update_stride;
   DType dtype;

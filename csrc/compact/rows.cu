@@ -81,6 +81,7 @@ template <typename T, int kElements>
 __global__ void __launch_bounds__(kThreads) scatter_tokens_kernel(ScatterTokensParams p) {
   const Tile tile(p.inverse.num_rows, p.row_size / kElements);
   int32_t entries[kInFlight];
+  bool updated[kInFlight];
   Piece<T, kElements> x[kInFlight], update[kInFlight];
   float gates[kInFlight];
 #pragma unroll
@@ -91,7 +92,12 @@ __global__ void __launch_bounds__(kThreads) scatter_tokens_kernel(ScatterTokensP
   }
 #pragma unroll
   for (int k = 0; k < kInFlight; ++k) {
-    if (entries[k] >= 0) {
+    const bool known = entries[k] >= 0 && entries[k] < p.inverse.count;
+    updated[k] = known && p.inverse.index[entries[k]] == tile.row(k);
+  }
+#pragma unroll
+  for (int k = 0; k < kInFlight; ++k) {
+    if (updated[k]) {
       const auto* row = static_cast<const T*>(p.update) + entries[k] * p.update_stride;
       update[k] = Piece<T, kElements>::load(row + tile.piece(k) * kElements);
       gates[k] = gate_at<T>(p.gate, entries[k]);
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) scatter_tokens_kernel(ScatterTokensP
   }
 #pragma unroll
   for (int k = 0; k < kInFlight; ++k) {
-    if (entries[k] >= 0) {
+    if (updated[k]) {
       x[k] = add_scaled(x[k], update[k], gates[k]);
     }
     if (tile.has(k)) {

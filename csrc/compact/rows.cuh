@@ -183,7 +183,7 @@ class Team {
 
 // The size of the smallest team, of at most `most` threads, whose threads have at most pieces_each
 // pieces of a row.
-inline int team_size(int64_t pieces, int64_t pieces_each, int most) {
+inline int smallest_team(int64_t pieces, int64_t pieces_each, int most) {
   int size = kWarpSize;
   while (size < most && size * pieces_each < pieces) {
     size *= 2;
