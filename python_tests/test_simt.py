@@ -64,6 +64,16 @@ def int32(values: Iterable[int]) -> np.ndarray:
 # ---- what primitives give, and patterns: kernel -> its data and what must come out ----
 
 
+def copies(random: Random) -> tuple[np.ndarray, np.ndarray]:
+    v = random.integers(-1000, 1000, 64)
+    return v, np.where(THREADS < 32, v, 0) + 1
+
+
+def copy_groups(random: Random) -> tuple[np.ndarray, np.ndarray]:
+    v = random.integers(-1000, 1000, (3, 4, 4))
+    return v.flatten(), np.concatenate([v.flatten(), v[:, :, 0].sum(0)])
+
+
 def shuffles(random: Random) -> tuple[np.ndarray, np.ndarray]:
     v = random.integers(-(2**24), 2**24, 32)
     rows = [
@@ -144,6 +154,8 @@ RIGHT = {
     "small_elements": constant(THREADS << 16 | 7),
     "named_barriers": constant(np.arange(128) ^ 32),
     "warp_barrier": constant(np.concatenate([31 - LANES, 39 - np.arange(8)])),
+    "copies": copies,
+    "copy_groups": copy_groups,
     "shuffles": shuffles,
     "half_warps": half_warps,
     "after_return": constant(np.where(LANES % 2 == 0, LANES ^ 2, 0)),
@@ -229,6 +241,32 @@ def test_float_to_16_bits(name: str, program: Path, random: Random) -> None:
     assert_same_floats(actual, values.to(HALVES[name]))
 
 
+@pytest.mark.parametrize("name", HALVES)
+def test_two_floats_in_a_word(name: str, program: Path, random: Random) -> None:
+    values = floats_to_round(HALVES[name], random)
+    actual = words(program, f"pack_{name}", data=values.view(torch.int32).numpy())
+    pair = torch.stack([values, -values], 1).to(HALVES[name])
+    assert_same_floats(actual.view(np.int16).reshape(-1, 2), pair)
+
+
+def test_exp2(program: Path, random: Random) -> None:
+    x = random.uniform(-160, 135, WORDS).astype(np.float32)
+    x[:4] = [-np.inf, np.inf, 0, -126]
+    actual = words(program, "exp2", data=x.view(np.int32)).view(np.float32)
+    with np.errstate(over="ignore"):
+        expected = np.exp2(x.astype(np.float64)).astype(np.float32)
+    expected[expected < np.finfo(np.float32).tiny] = 0
+    np.testing.assert_allclose(actual, expected, rtol=2.0**-21, atol=0)
+
+
+def test_bits_of_a_word(program: Path, random: Random) -> None:
+    bits = random.integers(-(2**31), 2**31, WORDS) >> random.integers(0, 32, WORDS)
+    bits = np.where(bits == 0, -(2**31), bits)
+    text = [f"{word % 2**32:032b}" for word in bits.tolist()]
+    expected = [t.count("1") + 100 * t.index("1") + 10000 * (31 - t.rindex("1")) for t in text]
+    np.testing.assert_array_equal(words(program, "count_bits", data=bits), expected)
+
+
 def test_float_to_tf32(program: Path, random: Random) -> None:
     """To nearest, ties away from zero."""
     bits = random.integers(-(2**31), 2**31, WORDS).astype(np.int32)
@@ -257,19 +295,16 @@ def test_denormals_whatever_the_caller_does(name: str, program: Path, random: Ra
 # ---- what is wrong ----
 
 
-def race(what: str, byte: int, element_bytes: int = 4) -> str:
-    element = byte // element_bytes
-    return (
-        f"{what}, with no barrier between: "
-        f"byte {byte} of shared memory, element {element} of array 0"
-    )
+def at(byte: int) -> str:
+    return f"byte {byte} of shared memory, element {byte // 4} of array 0"
+
+
+def race(what: str, byte: int) -> str:
+    return f"{what}, with no barrier between: {at(byte)}"
 
 
 def in_flight(now: str, thread: int, byte: int) -> str:
-    return (
-        f"{now} what the copy_async of thread {thread} has yet to write: "
-        f"byte {byte} of shared memory, element {byte // 4} of array 0"
-    )
+    return f"{now} what the copy_async of thread {thread} has yet to write: {at(byte)}"
 
 
 def index(i: int, count: int, element_bytes: int = 4) -> str:
@@ -277,10 +312,11 @@ def index(i: int, count: int, element_bytes: int = 4) -> str:
 
 
 def misaligned(byte: int) -> str:
-    return (
-        "an access that must be aligned to 16 bytes: "
-        f"byte {byte} of shared memory, element {byte // 4} of array 0"
-    )
+    return f"an access that must be aligned to 16 bytes: {at(byte)}"
+
+
+def stuck(*groups: str) -> str:
+    return "no thread can go on: " + ", ".join(groups)
 
 
 # Kernel -> what is wrong and the thread; {}: lines with `// waits: NAME`, else `// fails: NAME`.
@@ -332,18 +368,19 @@ FAULTS = {
     "matrix_out_of_range": (index(64, 64), 16),
     "matrix_race": (race("read of what thread 3 wrote", 152), 9),
     "barrier_in_a_branch": (
-        "no thread can go on: 1 returned (thread 40), 63 wait at sync_threads, {} (thread 0, ...)",
+        stuck("1 returned (thread 40)", "63 wait at sync_threads, {} (thread 0, ...)"),
         0,
     ),
     "two_barriers": ("other threads wait at another barrier: sync_threads, {}", 32),
     "part_of_a_warp_at_a_named_barrier": (
-        "no thread can go on: 62 wait at sync_named, {} (thread 0, ...), "
-        "2 wait at sync_threads, {} (thread 5, ...)",
+        stuck(
+            "62 wait at sync_named, {} (thread 0, ...)",
+            "2 wait at sync_threads, {} (thread 5, ...)",
+        ),
         0,
     ),
     "too_few_warps": (
-        "no thread can go on: 32 returned (thread 32, ...), "
-        "32 wait at sync_named, {} (thread 0, ...)",
+        stuck("32 returned (thread 32, ...)", "32 wait at sync_named, {} (thread 0, ...)"),
         0,
     ),
     "barrier_0": ("named barrier 0, must be in [1, 16)", 31),
@@ -361,11 +398,11 @@ FAULTS = {
         63,
     ),
     "lanes_at_two_named_barriers": ("the lanes of a warp come to different named barriers", 31),
-    "endless_wait": ("no thread can go on: 64 wait in a loop (thread 0, ...)", 0),
-    "look_back_by_block_index": ("no thread can go on: 32 wait in a loop (thread 0, ...)", 0),
+    "endless_wait": (stuck("64 wait in a loop (thread 0, ...)"), 0),
+    "look_back_by_block_index": (stuck("32 wait in a loop (thread 0, ...)"), 0),
     "shuffle_in_a_branch": ("shuffle waits for lane 7, which has returned", 8),
     "shuffle_without_the_last": (
-        "no thread can go on: 1 returned (thread 31), 31 wait at shuffle, {} (thread 0, ...)",
+        stuck("1 returned (thread 31)", "31 wait at shuffle, {} (thread 0, ...)"),
         0,
     ),
     "lanes_that_the_block_lacks": ("ballot waits for lane 8, which the block does not have", 32),
@@ -374,8 +411,7 @@ FAULTS = {
     "not_in_its_mask": ("ballot by a lane that its mask leaves out", 16),
     "from_a_lane_that_takes_no_part": ("a lane reads from lane 16, which takes no part", 12),
     "half_a_warp_multiplies": (
-        "no thread can go on: 16 returned (thread 16, ...), "
-        "16 wait at mma_16x8x16, {} (thread 0, ...)",
+        stuck("16 returned (thread 16, ...)", "16 wait at mma_16x8x16, {} (thread 0, ...)"),
         0,
     ),
     "launch_in_a_kernel": ("exception: kernel nothing: launched by a kernel", 0),
@@ -413,11 +449,9 @@ def places(what: str, name: str) -> list[str]:
 
 
 def fault(name: str) -> str:
-    """What stands before the block."""
-    what, _ = FAULTS[name]
-    return (
-        what.format(*(places("waits", name) or places("fails", name))) + f"; kernel {name}, block ("
-    )
+    """What stands before the block's number."""
+    what = FAULTS[name][0].format(*(places("waits", name) or places("fails", name)))
+    return f"{what}; kernel {name}, block ("
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -459,6 +493,7 @@ def test_grids_of_several_os_threads(program: Path) -> None:
 
 
 def test_every_scratch_kernel_is_tested(program: Path) -> None:
-    numbers = {f"{how}_{name}" for how in ("widen", "narrow") for name in HALVES}
-    tested = {*RIGHT, *MMA, *FAULTS, *REFUSED, *numbers, "round_to_tf32"}
+    numbers = {f"{how}_{name}" for how in ("widen", "narrow", "pack") for name in HALVES}
+    numbers |= {"round_to_tf32", "exp2", "count_bits"}
+    tested = {*RIGHT, *MMA, *FAULTS, *REFUSED, *numbers}
     assert set(run(program)) - set(SANITIZED) == tested

@@ -69,6 +69,38 @@ __global__ void warp_barrier(int32_t* data) {
   data[thread_index()] = s[first + lanes - 1 - lane_index()];
 }
 
+// ---- asynchronous copies ----
+
+// Zeros from thread 8 on.
+__global__ void copies(int32_t* data) {
+  const Shared<int32_t> s = SharedArena().take<int32_t>(64);
+  if (thread_index() < 16) {
+    copy_async(s + 4 * thread_index(), data + 4 * thread_index(), thread_index() < 8);
+    copy_async_commit();
+    copy_async_wait<0>();
+  }
+  sync_threads();
+  data[thread_index()] = s[thread_index()] + 1;
+}
+
+// Each thread its own two groups, of two copies and of one; then one that it leaves under way.
+__global__ void copy_groups(int32_t* data) {
+  const Shared<int32_t> s = SharedArena().take<int32_t>(3 * 16);
+  const int t = 4 * thread_index();
+  copy_async(s + t, data + t);
+  copy_async(s + 16 + t, data + 16 + t);
+  copy_async_commit();
+  copy_async(s + 32 + t, data + 32 + t);
+  copy_async_commit();
+  copy_async_wait<1>();
+  int32_t sum = s[t];
+  sum += s[16 + t];
+  copy_async_wait<0>();
+  sum += s[32 + t];
+  copy_async(s + t, data + t);
+  data[48 + thread_index()] = sum;
+}
+
 // ---- exchange within a warp ----
 
 __global__ void shuffles(int32_t* data) {
@@ -193,6 +225,27 @@ __global__ void narrow(int32_t* data) {
   replace(data, [](uint32_t bits) { return from_float<T>(std::bit_cast<float>(bits)).bits; });
 }
 
+template <typename T>
+__global__ void pack_twice(int32_t* data) {
+  replace(data, [](uint32_t bits) {
+    const float x = std::bit_cast<float>(bits);
+    return pack<T>(x, -x);
+  });
+}
+
+__global__ void exp2(int32_t* data) {
+  replace(data, [](uint32_t bits) {
+    return std::bit_cast<uint32_t>(fast_exp2(std::bit_cast<float>(bits)));
+  });
+}
+
+// Of words that are not 0.
+__global__ void count_bits(int32_t* data) {
+  replace(data, [](uint32_t bits) {
+    return popcount(bits) + 100 * leading_zeros(bits) + 10000 * lowest_bit(bits);
+  });
+}
+
 __global__ void round_to_tf32(int32_t* data) {
   replace(data, [](uint32_t bits) { return to_tf32(std::bit_cast<float>(bits)); });
 }
@@ -212,6 +265,8 @@ ScratchKernels primitive_kernels() {
       {"small_elements", {small_elements}},
       {"named_barriers", {named_barriers, 128, 512, {1, 1, 1}, 128}},
       {"warp_barrier", {warp_barrier, 40, 160, {1, 1, 1}, 40}},
+      {"copies", {copies}},
+      {"copy_groups", {copy_groups, 4, 192, {2, 1, 1}, 52}},
       {"shuffles", {shuffles, 32, 0, {1, 1, 1}, 256}},
       {"half_warps", {half_warps, 32}},
       {"after_return", {after_return, 32, 0, {1, 1, 1}, 32}},
@@ -227,6 +282,10 @@ ScratchKernels primitive_kernels() {
       {"widen_float16", number(widen<float16>)},
       {"narrow_bfloat16", number(narrow<bfloat16>)},
       {"narrow_float16", number(narrow<float16>)},
+      {"pack_bfloat16", number(pack_twice<bfloat16>)},
+      {"pack_float16", number(pack_twice<float16>)},
+      {"exp2", number(exp2)},
+      {"count_bits", number(count_bits)},
       {"round_to_tf32", number(round_to_tf32)},
   };
 }
