@@ -36,12 +36,13 @@ simt: $(VENV)/torch
 	@$(call build_simt,build/simt,)
 	@echo $(CURDIR)/build/simt/libmor_simt.so
 
-# The tests on that library, built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The tests on that library, built with AddressSanitizer and UndefinedBehaviorSanitizer. What they
+# find ends the process at once: --capture=sys lets their report through, -v says in which test.
 sanitize: $(VENV)/with-test $(VENV)/built
-	$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -k simt --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
+	@$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v -k simt \
+		--capture=sys --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
 
 lint: $(VENV)/with-lint
 	$(BIN)/ruff check

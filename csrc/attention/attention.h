@@ -1,26 +1,11 @@
-// Argument checks of the attention family, shared by all devices. What lies in device memory is
-// read for CPU tensors only.
+// Argument checks of the attention family, shared by all devices.
 #pragma once
 
 #include <cmath>
 
-#include "attention/params.h"
-#include "common/cpu_isa.h"
 #include "torch_abi.h"
 
 namespace mor {
-
-MOR_DECLARE_CPU_KERNEL(attention, AttentionParams)
-MOR_DECLARE_CPU_KERNEL(attention_bwd, AttentionBwdParams)
-
-#if defined(__x86_64__)
-namespace avx512_bf16 {
-void attention_bf16(const AttentionParams&);
-}
-namespace amx {
-void attention_bf16(const AttentionParams&);
-}
-#endif
 
 namespace attention_checks {
 
@@ -54,14 +39,16 @@ inline void key_limit(const Checks& check, const std::optional<Tensor>& key_limi
   }
 }
 
-// ---- contents, CPU only ----
+// ---- contents, where they can be read ----
 
 inline void lengths(const Checks& check, const char* argument, const Tensor& cu_seqlens,
                     int64_t total, const char* max_argument, int64_t max_seqlen) {
-  const Tensor dense_cu = dense(cu_seqlens);
-  const auto* cu = dense_cu.const_data_ptr<int32_t>();
+  const Readable cu(cu_seqlens);
+  if (!cu) {
+    return;
+  }
   const int64_t batch = cu_seqlens.numel() - 1;
-  check.cumulative(argument, cu, batch, total);
+  check.cumulative(argument, cu.data(), batch, total);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = cu[b + 1] - cu[b];
     if (length > max_seqlen) {
@@ -71,16 +58,17 @@ inline void lengths(const Checks& check, const char* argument, const Tensor& cu_
   }
 }
 
-// len_k(b): how many keys sequence or lane b has.
+// len_k(b): how many keys sequence or lane b has; called where contents can be read.
 template <typename LenK>
 void limits(const Checks& check, const std::optional<Tensor>& key_limit, const Tensor& cu_seqlens_q,
             const LenK& len_k) {
   if (!key_limit) {
     return;
   }
-  const Tensor dense_limit = dense(*key_limit), dense_cu = dense(cu_seqlens_q);
-  const auto* limit = dense_limit.const_data_ptr<int32_t>();
-  const auto* cu = dense_cu.const_data_ptr<int32_t>();
+  const Readable limit(*key_limit), cu(cu_seqlens_q);
+  if (!limit) {
+    return;
+  }
   for (int64_t b = 0; b + 1 < cu_seqlens_q.numel(); ++b) {
     int32_t previous = 0;
     for (int64_t i = cu[b]; i < cu[b + 1]; ++i) {
@@ -100,11 +88,12 @@ void limits(const Checks& check, const std::optional<Tensor>& key_limit, const T
 // Every block that a lane's entries lie in exists.
 inline void blocks(const Checks& check, const Tensor& block_table, const Tensor& cache_seqlens,
                    int64_t num_blocks, int64_t block_size) {
-  const Tensor dense_table = dense(block_table), dense_lens = dense(cache_seqlens);
-  const auto* table = dense_table.const_data_ptr<int32_t>();
-  const auto* lens = dense_lens.const_data_ptr<int32_t>();
+  const Readable table(block_table), lens(cache_seqlens);
+  if (!lens) {
+    return;
+  }
   const int64_t lanes = block_table.size(0), max_blocks = block_table.size(1);
-  check.within("cache_seqlens", lens, lanes, 0, max_blocks * block_size + 1);
+  check.within("cache_seqlens", lens.data(), lanes, 0, max_blocks * block_size + 1);
   for (int64_t s = 0; s < lanes; ++s) {
     for (int64_t i = 0; i * block_size < lens[s]; ++i) {
       const int32_t block = table[s * max_blocks + i];
@@ -135,13 +124,9 @@ inline void check_attention(const char* op, const Tensor& query, const Tensor& k
   checks::key_limit(check, key_limit, query);
   check.require(max_seqlen_q >= 0, "max_seqlen_q", "non-negative", max_seqlen_q);
   check.require(max_seqlen_k >= 0, "max_seqlen_k", "non-negative", max_seqlen_k);
-  if (!query.is_cpu()) {
-    return;
-  }
   checks::lengths(check, "cu_seqlens_q", cu_seqlens_q, query.size(0), "max_seqlen_q", max_seqlen_q);
   checks::lengths(check, "cu_seqlens_k", cu_seqlens_k, key.size(0), "max_seqlen_k", max_seqlen_k);
-  const Tensor dense_cu_k = dense(cu_seqlens_k);
-  const auto* cu_k = dense_cu_k.const_data_ptr<int32_t>();
+  const Readable cu_k(cu_seqlens_k);
   checks::limits(check, key_limit, cu_seqlens_q, [&](int64_t b) { return cu_k[b + 1] - cu_k[b]; });
 }
 
@@ -193,13 +178,9 @@ inline void check_paged_attention(const char* op, const Tensor& query, const Ten
   checks::cu_seqlens(check, "cu_seqlens_q", cu_seqlens_q, query, lanes, "[lanes + 1]");
   checks::key_limit(check, key_limit, query);
   check.require(max_seqlen_q >= 0, "max_seqlen_q", "non-negative", max_seqlen_q);
-  if (!query.is_cpu()) {
-    return;
-  }
   checks::lengths(check, "cu_seqlens_q", cu_seqlens_q, query.size(0), "max_seqlen_q", max_seqlen_q);
   checks::blocks(check, block_table, cache_seqlens, num_blocks, block_size);
-  const Tensor dense_lens = dense(cache_seqlens);
-  const auto* lens = dense_lens.const_data_ptr<int32_t>();
+  const Readable lens(cache_seqlens);
   checks::limits(check, key_limit, cu_seqlens_q, [&](int64_t s) { return lens[s]; });
 }
 

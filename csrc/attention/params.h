@@ -16,9 +16,10 @@ struct HeadRows {
 struct KeyValues {
   HeadRows key, value;
   const int32_t* cu_seqlens;   // [batch + 1], packed only
+  int64_t total_keys;          // rows of key and value, packed only
   const int32_t* seqlens;      // [batch], paged only
   const int32_t* block_table;  // [batch, max_blocks], paged only
-  int64_t max_blocks, block_size, key_block_stride, value_block_stride;
+  int64_t num_blocks, max_blocks, block_size, key_block_stride, value_block_stride;
 };
 
 struct AttentionParams {

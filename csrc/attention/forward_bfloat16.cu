@@ -1,0 +1,3 @@
+#include "attention/forward.cuh"
+
+template cudaError_t mor::cuda::attention_of<mor::bfloat16>(const AttentionParams&, cudaStream_t);

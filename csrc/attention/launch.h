@@ -1,0 +1,17 @@
+// The CUDA kernels of the attention family, for its host side. Rows of all tensors are 16-byte
+// aligned.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "attention/params.h"
+
+namespace mor::cuda {
+
+cudaError_t attention(const AttentionParams& params, cudaStream_t stream);
+
+// The same for one dtype: compiled in files of their own.
+template <typename T>
+cudaError_t attention_of(const AttentionParams& params, cudaStream_t stream);
+
+}  // namespace mor::cuda
