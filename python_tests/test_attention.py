@@ -234,7 +234,7 @@ LAYOUTS: dict[str, Callable[[Args], Args]] = {
 def test_layouts(layout: str, dtype: torch.dtype, seed: int) -> None:
     args = LAYOUTS[layout](
         make(
-            sized([(31, 31), (0, 0), (140, 140)], [(31, 31), (0, 0), (9, 40)]),
+            sized([(31, 31), (0, 0), (140, 140)], [(31, 31), (0, 0), (40, 40)]),
             4,
             2,
             64,
