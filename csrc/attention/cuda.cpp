@@ -7,7 +7,7 @@ namespace {
 
 class Cuda {
  public:
-  Cuda(const char* op, const Tensor& query) : check_(op), device_(query) {
+  Cuda(const char* op, const Tensor& query) : check_(op), device_(query), query_(query) {
     constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
     check_.require(query.size(0) * query.size(1) <= kMaxRows, "query",
                    "of fewer than 2^31 rows of head_dim", shape_str(query));
@@ -27,12 +27,20 @@ class Cuda {
 
   void attention(const AttentionParams& p) const { launched(cuda::attention(p, stream())); }
 
+  void paged_attention(const AttentionParams& p) const {
+    constexpr int64_t kMaxHeads = 65535;  // of a grid's second dimension
+    check_.require(p.kv_heads <= kMaxHeads, "key_cache", "of at most 65535 KV heads", p.kv_heads);
+    const Tensor scratch = new_tensor(query_, {cuda::paged_scratch(p)}, ScalarType::Float);
+    launched(cuda::paged_attention(p, static_cast<float*>(scratch.mutable_data_ptr()), stream()));
+  }
+
  private:
   cudaStream_t stream() const { return static_cast<cudaStream_t>(device_.stream()); }
   void launched(cudaError_t error) const { check_.launched(error, cudaGetErrorString(error)); }
 
   Checks check_;
   OnDevice device_;
+  Tensor query_;
 };
 
 }  // namespace
@@ -41,4 +49,5 @@ class Cuda {
 MOR_LIBRARY_IMPL_CUDA(m) {
   using Ops = mor::AttentionOps<mor::Cuda>;
   m.impl("attention", TORCH_BOX(&Ops::attention));
+  m.impl("paged_attention", TORCH_BOX(&Ops::paged_attention));
 }

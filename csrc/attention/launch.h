@@ -10,8 +10,15 @@ namespace mor::cuda {
 
 cudaError_t attention(const AttentionParams& params, cudaStream_t stream);
 
+// scratch: paged_scratch(params) floats.
+cudaError_t paged_attention(const AttentionParams& params, float* scratch, cudaStream_t stream);
+int64_t paged_scratch(const AttentionParams& params);
+
 // The same for one dtype: compiled in files of their own.
 template <typename T>
 cudaError_t attention_of(const AttentionParams& params, cudaStream_t stream);
+struct PagedParams;
+template <typename T>
+cudaError_t paged_attention_of(const PagedParams& params, cudaStream_t stream);
 
 }  // namespace mor::cuda

@@ -102,12 +102,12 @@ __device__ void multiply_add(float (&c)[4], const OperandA<T>& a, const OperandB
 }
 
 // Fragments are read at an offset of the lane's own, which holds for all steps and, as long as it
-// grows by multiples of 8 rows, for all rows.
+// grows by multiples of 8 rows, for all rows: `row` below is such a multiple.
 
 // As A: rows [row, row + 16).
 template <typename T, int kRows, int kDim>
 __device__ int a_offset(const Tile<T, kRows, kDim>& tile, int row) {
-  return tile.offset(row + lane_index() % 16, lane_index() / 16);
+  return row * kDim + tile.offset(lane_index() % 16, lane_index() / 16);
 }
 
 template <typename T, int kRows, int kDim>
@@ -126,7 +126,7 @@ __device__ OperandA<T> load_a(const Tile<T, kRows, kDim>& tile, int offset, int 
 template <typename T, int kRows, int kDim>
 __device__ int b_offset(const Tile<T, kRows, kDim>& tile, int row) {
   const int lane = lane_index();
-  return tile.offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  return row * kDim + tile.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
 template <typename T, int kRows, int kDim>
@@ -164,7 +164,7 @@ __device__ void multiply_rows(float (&c)[kRowTiles][kColumnTiles][4],
     }
   }
   const int offset_a = a_offset(a, a_row), offset_b = b_offset(b, b_row);
-#pragma unroll
+#pragma unroll 4  // all of them: fragments are read so far ahead that registers spill
   for (int step = 0; step < Tile<T, kRowsA, kDim>::kChunks / 2; ++step) {
     OperandA<T> operand_a[kRowTiles];
 #pragma unroll
@@ -253,8 +253,8 @@ __device__ OperandA<T> accumulators_as_a(const float (&c)[kColumnTiles][4], int 
 template <typename T, int kRows, int kDim>
 __device__ int b_transposed_offset(const Tile<T, kRows, kDim>& tile, int row) {
   const int lane = lane_index();
-  return std::is_same_v<T, float> ? tile.offset(row + lane % 4 * 2, 0)
-                                  : tile.offset(row + lane % 16, lane / 16);
+  return row * kDim + (std::is_same_v<T, float> ? tile.offset(lane % 4 * 2, 0)
+                                                : tile.offset(lane % 16, lane / 16));
 }
 
 template <typename T, int kRows, int kDim>

@@ -106,7 +106,7 @@ MOR_PRIMITIVE Index3 grid_size() {
 }
 
 MOR_PRIMITIVE int lane_index() {
-  return thread_index() % kWarpSize;
+  return static_cast<int>(static_cast<uint32_t>(thread_index()) % kWarpSize);
 }
 
 // ---- shared memory ----
