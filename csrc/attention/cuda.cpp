@@ -34,6 +34,12 @@ class Cuda {
     launched(cuda::paged_attention(p, static_cast<float*>(scratch.mutable_data_ptr()), stream()));
   }
 
+  void attention_bwd(const AttentionBwdParams& p) const {
+    const Tensor row_states =
+        new_tensor(query_, {query_.size(0), query_.size(1), 4}, ScalarType::Float);
+    launched(cuda::attention_bwd(p, row_states.mutable_data_ptr(), stream()));
+  }
+
  private:
   cudaStream_t stream() const { return static_cast<cudaStream_t>(device_.stream()); }
   void launched(cudaError_t error) const { check_.launched(error, cudaGetErrorString(error)); }
@@ -50,4 +56,5 @@ MOR_LIBRARY_IMPL_CUDA(m) {
   using Ops = mor::AttentionOps<mor::Cuda>;
   m.impl("attention", TORCH_BOX(&Ops::attention));
   m.impl("paged_attention", TORCH_BOX(&Ops::paged_attention));
+  m.impl("attention_bwd", TORCH_BOX(&Ops::attention_bwd));
 }

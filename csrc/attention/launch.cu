@@ -20,4 +20,9 @@ int64_t paged_scratch(const AttentionParams& p) {
   return p.kv_heads * results_in(nullptr, p).head_stride * (p.head_dim + kStateFloats);
 }
 
+cudaError_t attention_bwd(const AttentionBwdParams& p, void* row_states, cudaStream_t stream) {
+  return dispatch_data_dtype(
+      p.forward.dtype, [&]<typename T>() { return attention_bwd_of<T>(p, row_states, stream); });
+}
+
 }  // namespace mor::cuda

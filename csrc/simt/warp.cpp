@@ -1,5 +1,6 @@
 #include "simt/warp.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "simt/block.h"
@@ -20,11 +21,18 @@ struct MmaOperand {
   float* c;
 };
 
+// Rounds towards zero, as tensor cores do with their sums.
+float truncate(double x) {
+  const auto nearest = static_cast<float>(x);
+  const bool beyond = std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(x);
+  return beyond ? std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1) : nearest;
+}
+
 // c += a b by all lanes, for rows of a and columns of b of 8 words, of one or two elements each:
 // kDepth elements. The words of a lane are those of PTX's fragments.
 template <int kDepth, typename Decode>
 void multiply(void* const* operands, Decode&& decode) {
-  using Row [[gnu::vector_size(32)]] = float;
+  using Row [[gnu::vector_size(64)]] = double;
   uint32_t a_words[16][8], b_words[8][8];  // b: by column
   Row b[kDepth], c[16];
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -48,13 +56,13 @@ void multiply(void* const* operands, Decode&& decode) {
   }
   for (int i = 0; i < 16; ++i) {
     for (int k = 0; k < kDepth; ++k) {
-      c[i] += a[i][k] * b[k];
+      c[i] += double{a[i][k]} * b[k];
     }
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     for (int i = 0; i < 4; ++i) {
       static_cast<const MmaOperand*>(operands[lane])->c[i] =
-          c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+          truncate(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
     }
   }
 }
