@@ -1,5 +1,6 @@
 #include "simt/warp.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -15,6 +16,13 @@ float bfloat_to_float(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
+// Rounds towards zero, as tensor cores do with their sums.
+float truncate(double x) {
+  const auto nearest = static_cast<float>(x);
+  const bool beyond = std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(x);
+  return beyond ? std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1) : nearest;
+}
+
 // c [16, 8] += a [16, depth] b [depth, 8], and the accumulators of all lanes.
 template <int kDepth>
 struct Product {
@@ -22,11 +30,14 @@ struct Product {
 
   void multiply() {
     for (int i = 0; i < 16; ++i) {
+      double sum[8];
+      std::copy_n(c[i], 8, sum);
       for (int k = 0; k < kDepth; ++k) {
         for (int j = 0; j < 8; ++j) {
-          c[i][j] += a[i][k] * b[k][j];
+          sum[j] += double{a[i][k]} * double{b[k][j]};
         }
       }
+      std::transform(sum, sum + 8, c[i], truncate);
     }
   }
 };
