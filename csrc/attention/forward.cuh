@@ -77,12 +77,13 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
   const ScoreScale scale(p.softmax_scale);
   Softmax<kRowTiles> softmax;
   float out[kRowTiles][kDim / 8][4] = {};
-  int first = 0;  // row of the tiles of keys and values where the current ones begin
-  for (int32_t key0 = 0; key0 < keys; key0 += kKeys, first ^= kKeys) {
+  int stage = 0;
+  for (int32_t key0 = 0; key0 < keys; key0 += kKeys, stage = 1 - stage) {
+    const int first = stage * kKeys;  // row of the tiles where the current keys and values begin
     copy_async_wait<0>();
     sync_threads();  // these keys are there, and nobody reads those that are overwritten next
     if (key0 + kKeys < keys) {
-      load_keys(key0 + kKeys, first ^ kKeys);
+      load_keys(key0 + kKeys, (1 - stage) * kKeys);
       copy_async_commit();
     }
     float scores[kRowTiles][kKeys / 8][4];

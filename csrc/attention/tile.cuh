@@ -25,13 +25,14 @@ struct Tile {
 
   // Where a chunk begins, in elements from the tile's start.
   __device__ static int offset(int row, int chunk) {
-    return row * kDim + (chunk ^ (row % 8)) * kVector16<T>;
+    return row * kDim + (chunk ^ (static_cast<uint32_t>(row) % 8)) * kVector16<T>;
   }
 
-  // The offset of the chunk 2 step further, from that of chunk 0 or 1: a few bits flip, so that
-  // nothing has to be kept for every step.
-  __device__ static int step_offset(int offset, int step) {
-    return offset ^ (2 * step * kVector16<T>);
+  // The offset of the chunk `chunks` further, from that of a chunk below 8 whose bits do not
+  // overlap with it: a few bits flip, the rest is added, so that next to nothing is kept for every
+  // step.
+  __device__ static int further(int offset, int chunks) {
+    return (offset ^ (chunks % 8 * kVector16<T>)) + chunks / 8 * 8 * kVector16<T>;
   }
 
   __device__ Shared<T> chunk(int row, int chunk) const { return data + offset(row, chunk); }
@@ -90,6 +91,7 @@ using OperandA = Operand<T, 4>;
 template <typename T>
 using OperandB = Operand<T, 2>;
 
+// c += a b.
 template <typename T>
 __device__ void multiply_add(float (&c)[4], const OperandA<T>& a, const OperandB<T>& b) {
   if constexpr (std::is_same_v<T, float>) {
@@ -101,8 +103,17 @@ __device__ void multiply_add(float (&c)[4], const OperandA<T>& a, const OperandB
   }
 }
 
-// Fragments are read at an offset of the lane's own, which holds for all steps and, as long as it
-// grows by multiples of 8 rows, for all rows.
+// Tensor cores round their sums towards zero, which would cost a long sum in fp32 its last bits:
+// there they sum up a few steps, and this adds the rest, rounding to nearest.
+__device__ inline void add(float (&c)[4], const float (&product)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    c[e] += product[e];
+  }
+}
+
+// Fragments are read at an offset of the lane's own, which holds for all steps and for all rows
+// that are a multiple of 8 further.
 
 // As A: rows [row, row + 16).
 template <typename T, int kRows, int kDim>
@@ -111,9 +122,9 @@ __device__ int a_offset(const Tile<T, kRows, kDim>& tile, int row) {
 }
 
 template <typename T, int kRows, int kDim>
-__device__ OperandA<T> load_a(const Tile<T, kRows, kDim>& tile, int offset, int step) {
+__device__ OperandA<T> load_a(const Tile<T, kRows, kDim>& tile, int offset, int rows, int step) {
   uint32_t fragment[4];
-  load_matrix_x4(fragment, tile.data + tile.step_offset(offset, step));
+  load_matrix_x4(fragment, tile.data + (tile.further(offset, 2 * step) + rows * kDim));
   OperandA<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -130,10 +141,10 @@ __device__ int b_offset(const Tile<T, kRows, kDim>& tile, int row) {
 }
 
 template <typename T, int kRows, int kDim>
-__device__ void load_b(const Tile<T, kRows, kDim>& tile, int offset, int step,
+__device__ void load_b(const Tile<T, kRows, kDim>& tile, int offset, int rows, int step,
                        OperandB<T> (&b)[2]) {
   uint32_t fragment[4];
-  load_matrix_x4(fragment, tile.data + tile.step_offset(offset, step));
+  load_matrix_x4(fragment, tile.data + (tile.further(offset, 2 * step) + rows * kDim));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     b[i / 2].set(i % 2, fragment[i]);
@@ -163,22 +174,33 @@ __device__ void multiply_rows(float (&c)[kRowTiles][kColumnTiles][4],
       }
     }
   }
+  constexpr int kSteps = Tile<T, kRowsA, kDim>::kChunks / 2;
+  [[maybe_unused]] constexpr int kUnroll =
+      std::is_same_v<T, float> ? 2 : kSteps;  // registers are scarce
   const int offset_a = a_offset(a, a_row), offset_b = b_offset(b, b_row);
-#pragma unroll
-  for (int step = 0; step < Tile<T, kRowsA, kDim>::kChunks / 2; ++step) {
+#pragma unroll(kUnroll)
+  for (int step = 0; step < kSteps; ++step) {
     OperandA<T> operand_a[kRowTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      operand_a[i] = load_a(a, offset_a + 16 * i * kDim, step);
+      operand_a[i] = load_a(a, offset_a, 16 * i, step);
     }
 #pragma unroll
     for (int j = 0; j < kColumnTiles; j += 2) {
       OperandB<T> operand_b[2];
-      load_b(b, offset_b + 8 * j * kDim, step, operand_b);
+      load_b(b, offset_b, 8 * j, step, operand_b);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
-        multiply_add<T>(c[i][j], operand_a[i], operand_b[0]);
-        multiply_add<T>(c[i][j + 1], operand_a[i], operand_b[1]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          if constexpr (std::is_same_v<T, float>) {
+            float product[4] = {};
+            multiply_add<T>(product, operand_a[i], operand_b[k]);
+            add(c[i][j + k], product);
+          } else {
+            multiply_add<T>(c[i][j + k], operand_a[i], operand_b[k]);
+          }
+        }
       }
     }
   }
@@ -253,26 +275,24 @@ __device__ OperandA<T> accumulators_as_a(const float (&c)[kColumnTiles][4], int 
 template <typename T, int kRows, int kDim>
 __device__ int b_transposed_offset(const Tile<T, kRows, kDim>& tile, int row) {
   const int lane = lane_index();
-  return std::is_same_v<T, float> ? tile.offset(row + lane % 4 * 2, 0)
+  return std::is_same_v<T, float> ? tile.offset(row + lane % 4 * 2, lane / 16) + lane / 4 % 4
                                   : tile.offset(row + lane % 16, lane / 16);
 }
 
 template <typename T, int kRows, int kDim>
-__device__ void load_b_transposed(const Tile<T, kRows, kDim>& tile, int offset, int pair,
+__device__ void load_b_transposed(const Tile<T, kRows, kDim>& tile, int offset, int rows, int pair,
                                   OperandB<T> (&b)[2]) {
   if constexpr (std::is_same_v<T, float>) {
-    // Row 2t + i % 2 (its swizzle differs in the lowest bit), chunk 4 pair + 2 (i / 2) + g / 4.
-    const int g = lane_index() / 4;
+    // Row 2t + i % 2, whose swizzle differs in the lowest bit, column 16 pair + 8 (i / 2) + g.
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int chunk = 4 * pair + i / 2 * 2 + g / 4;
-      const int at = (offset ^ ((chunk ^ (i % 2)) * kVector16<T>)) + i % 2 * kDim + g % 4;
-      const float x = tile.data[at];
+      const int at = tile.further(offset, (4 * pair + i / 2 * 2) ^ (i % 2));
+      const float x = tile.data[at + (rows + i % 2) * kDim];
       b[i / 2].set(i % 2, std::bit_cast<uint32_t>(x));
     }
   } else {
     uint32_t fragment[4];
-    load_matrix_x4_transposed(fragment, tile.data + tile.step_offset(offset, pair));
+    load_matrix_x4_transposed(fragment, tile.data + (tile.further(offset, 2 * pair) + rows * kDim));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       b[i / 2].set(i % 2, fragment[i]);
@@ -297,12 +317,39 @@ __device__ void multiply_accumulators(float (&c)[kRowTiles][kDim / 8][4],
 #pragma unroll
     for (int pair = 0; pair < kDim / 16; ++pair) {
       OperandB<T> operand_b[2];
-      load_b_transposed(b, offset + column * kDim, pair, operand_b);
+      load_b_transposed(b, offset, column, pair, operand_b);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         multiply_add<T>(c[i][2 * pair], operand_a[i], operand_b[0]);
         multiply_add<T>(c[i][2 * pair + 1], operand_a[i], operand_b[1]);
       }
+    }
+  }
+}
+
+template <int kRowTiles, int kColumnTiles, int kRows, int kDim>
+__device__ void multiply_accumulators(float (&c)[kRowTiles][kDim / 8][4],
+                                      const float (&p)[kRowTiles][kColumnTiles][4],
+                                      const Tile<float, kRows, kDim>& b, int b_row) {
+  const int offset = b_transposed_offset(b, b_row);
+#pragma unroll
+  for (int pair = 0; pair < kDim / 16; ++pair) {
+    float product[kRowTiles][2][4] = {};
+#pragma unroll
+    for (int column = 0; column < 8 * kColumnTiles; column += kStepColumns<float>) {
+      OperandB<float> operand_b[2];
+      load_b_transposed(b, offset, column, pair, operand_b);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        const OperandA<float> operand_a = accumulators_as_a<float>(p[i], column / 8);
+        multiply_add<float>(product[i][0], operand_a, operand_b[0]);
+        multiply_add<float>(product[i][1], operand_a, operand_b[1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      add(c[i][2 * pair], product[i][0]);
+      add(c[i][2 * pair + 1], product[i][1]);
     }
   }
 }
