@@ -7,7 +7,7 @@ namespace {
 
 class Cuda {
  public:
-  Cuda(const char* op, const Tensor& query) : check_(op), device_(query) {
+  Cuda(const char* op, const Tensor& query) : check_(op), device_(query), query_(query) {
     constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
     check_.require(query.size(0) * query.size(1) <= kMaxRows, "query",
                    "of fewer than 2^31 rows of head_dim", shape_str(query));
@@ -27,12 +27,19 @@ class Cuda {
 
   void attention(const AttentionParams& p) const { launched(cuda::attention(p, stream())); }
 
+  void attention_bwd(const AttentionBwdParams& p) const {
+    const Tensor row_states =
+        new_tensor(query_, {query_.size(0), query_.size(1), 4}, ScalarType::Float);
+    launched(cuda::attention_bwd(p, row_states.mutable_data_ptr(), stream()));
+  }
+
  private:
   cudaStream_t stream() const { return static_cast<cudaStream_t>(device_.stream()); }
   void launched(cudaError_t error) const { check_.launched(error, cudaGetErrorString(error)); }
 
   Checks check_;
   OnDevice device_;
+  Tensor query_;
 };
 
 }  // namespace
@@ -41,4 +48,5 @@ class Cuda {
 MOR_LIBRARY_IMPL_CUDA(m) {
   using Ops = mor::AttentionOps<mor::Cuda>;
   m.impl("attention", TORCH_BOX(&Ops::attention));
+  m.impl("attention_bwd", TORCH_BOX(&Ops::attention_bwd));
 }

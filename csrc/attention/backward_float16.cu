@@ -1,0 +1,4 @@
+#include "attention/backward.cuh"
+
+template cudaError_t mor::cuda::attention_bwd_of<mor::float16>(const AttentionBwdParams&, void*,
+                                                               cudaStream_t);
