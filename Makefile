@@ -12,11 +12,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
-SOURCES := $(CXX_FILES) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(CXX_FILES) $(wildcard tools/*) CMakeLists.txt setup.py pyproject.toml
+
+# The CUDA kernels are built wherever nvcc is; but for a demo, which must not take long, only where
+# there is a GPU to run them.
+BUILT := $(VENV)/built
+ifeq ($(or $(MAKECMDGOALS),demo),demo)
+ifneq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo GPU),GPU)
+BUILT := $(VENV)/built-without-cuda
+endif
+endif
 
 .PHONY: demo test lint bench simt sanitize test-torch clean
 
-demo: $(VENV)/with-demo $(VENV)/built
+demo: $(VENV)/with-demo $(BUILT)
 	$(BIN)/python -m mor_ext.demo $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT))
 
 test: $(VENV)/with-test $(VENV)/built simt
@@ -27,12 +36,13 @@ simt: $(VENV)/torch
 	@$(call build_simt,build/simt,)
 	@echo $(CURDIR)/build/simt/libmor_simt.so
 
-# The tests on that library, built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The tests on that library, built with AddressSanitizer and UndefinedBehaviorSanitizer. What they
+# find ends the process at once: --capture=sys lets their report through, -v says in which test.
 sanitize: $(VENV)/with-test $(VENV)/built
-	$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -k simt --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
+	@$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v -k simt \
+		--capture=sys --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
 
 lint: $(VENV)/with-lint
 	$(BIN)/ruff check
@@ -68,6 +78,13 @@ $(BIN)/cmake -S csrc/simt -B $(1) -G Ninja $(2) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$
 $(BIN)/cmake --build $(1) $(if $(MAX_JOBS),-j $(MAX_JOBS)) >&2
 endef
 
+# $(call build,environment)
+define build
+@echo "Building mor_ext"
+$(1) $(PIP_INSTALL) --no-build-isolation --editable .
+@cat build/cmake-$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')/kernels.txt
+endef
+
 # ---- the environment; each file stands for a finished step ----
 
 $(VENV)/torch: constraints.txt
@@ -77,12 +94,17 @@ $(VENV)/torch: constraints.txt
 	$(PIP_INSTALL) torch setuptools pybind11 cmake ninja
 	touch $@
 
+# Who has the kernels for CUDA needs no build without them.
 $(VENV)/built: $(VENV)/torch $(SOURCES)
-	@echo "Building mor_ext"
-	$(PIP_INSTALL) --no-build-isolation --editable .
+	$(call build,)
+	touch $@ $(VENV)/built-without-cuda
+
+$(VENV)/built-without-cuda: $(VENV)/torch $(SOURCES)
+	rm -f $(VENV)/built
+	$(call build,MOR_CUDA_ARCHS=none)
 	touch $@
 
-# with-<extra>: the packages of an extra of pyproject.toml.
-$(VENV)/with-%: $(VENV)/torch pyproject.toml | $(VENV)/built
-	$(PIP_INSTALL) --no-build-isolation --editable '.[$*]'
+# with-<extra>: the packages of an extra of pyproject.toml, for what is installed.
+$(VENV)/with-%: $(VENV)/torch pyproject.toml | $(BUILT)
+	$(PIP_INSTALL) 'mor_ext[$*]'
 	touch $@

@@ -30,11 +30,27 @@ class FreshBuild(build):
         super().run()
 
 
+# Where nvcc is: machine code for sm_80 and sm_90a, and PTX for what is newer. MOR_CUDA_ARCHS in the
+# environment names others, in CMake's words (https://cmake.org/cmake/help/latest/prop_tgt/
+# CUDA_ARCHITECTURES.html), as in MOR_CUDA_ARCHS=90a-real; "none" leaves the CUDA kernels out.
+CUDA_ARCHS = "80-real;90a-real;80-virtual"
+
+
 class CMakeBuild(build_ext):
     """Builds the op library and mor_ext._engine with one CMake run."""
 
+    user_options = [  # noqa: RUF012
+        *build_ext.user_options,
+        ("prebuilt=", None, "take this libmor_ext.so, build mor_ext._engine alone"),
+    ]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.prebuilt: str | None = None
+
     def run(self) -> None:
-        package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "mor_ext"
+        archs = "prebuilt" if self.prebuilt else os.environ.get("MOR_CUDA_ARCHS") or CUDA_ARCHS
         # One folder for all builds of this Python, so that an editable install, a wheel and a
         # change of torch share the kernels' objects, which depend on none of them.
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -48,8 +64,8 @@ class CMakeBuild(build_ext):
             "MOR_TORCH_VERSION": torch.__version__,
             "MOR_TORCH_INCLUDE": torch_root / "include",
             "MOR_TORCH_LIBRARY": torch_root / "lib" / library,
-            "MOR_OUTPUT_DIR": package / "mor_ext",
-            "MOR_CUDA_ARCHS": os.environ.get("MOR_CUDA_ARCHS") or "80-real;90a-real;80-virtual",
+            "MOR_OUTPUT_DIR": package,
+            "MOR_CUDA_ARCHS": archs,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
         }
@@ -57,7 +73,13 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"]
         subprocess.run(configure + [f"-D{k}={v}" for k, v in defines.items()], check=True)
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([cmake, "--build", folder, *(["-j", jobs] if jobs else [])], check=True)
+        make = [cmake, "--build", folder, *(["-j", jobs] if jobs else [])]
+        if self.prebuilt:
+            make += ["--target", "_engine"]
+            target = package / "libmor_ext.so"
+            if Path(self.prebuilt).resolve() != target.resolve():
+                shutil.copyfile(self.prebuilt, target)
+        subprocess.run(make, check=True)
 
 
 # The extension's name only tells setuptools that the wheel is not pure Python.

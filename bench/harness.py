@@ -151,12 +151,18 @@ def copy_bandwidth() -> float:
 
 
 @lru_cache
-def flop_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """FLOP/s of torch's matrix product; int32 work counts no FLOPs, its rate is fp32's."""
+def flop_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of torch's matrix product; int32 work counts no FLOPs, its rate is fp32's.
+
+    Of matrices of 2048 rows, or of fewer where the processor has no instructions for 16-bit
+    products, which then take a hundred times as long.
+    """
     if not dtype.is_floating_point:
         dtype = torch.float32
-    a = torch.randn(size, size, dtype=dtype)
-    return 2 * size**3 / best_of(lambda: a @ a, 5)
+    a = torch.randn(256, 256, dtype=dtype)
+    while len(a) < 2048 and best_of(partial(torch.mm, a, a), 1) < 0.1:
+        a = a.repeat(2, 2)
+    return 2 * len(a) ** 3 / best_of(partial(torch.mm, a, a), 5)
 
 
 def ceilings() -> dict[str, float]:

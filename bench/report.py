@@ -1,7 +1,8 @@
 """Tables and charts of a bench run: python bench/report.py bench/out/bench.json
 
 Writes report.md and, where matplotlib is installed, one PNG a family beside the JSON file; prints
-the Markdown. Ratios are medians over rounds in which the peer and mor_ext took turns.
+the Markdown, which ends with the results of bench/gpu.py that are in bench/results. Without a file
+it prints these alone. Ratios are medians over rounds in which the peer and mor_ext took turns.
 """
 
 import json
@@ -9,6 +10,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from gpu_report import gpu_section
 
 OURS = "mor"
 PEERS = ["eager", "eager mask", "compiled", "sdpa", "vanilla"]
@@ -119,6 +122,7 @@ def markdown(report: dict[str, Any]) -> str:
         parts += ["## Goals", table(["work", "goal", "measured", "met"], rows)]
     for family, groups in found.items():
         parts += [f"## {family}", family_table(groups)]
+    parts += ["## GPU", gpu_section().rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -158,7 +162,10 @@ def plot(family: str, groups: list[Group], folder: Path) -> None:
     plt.close(figure)
 
 
-def main(path: Path) -> None:
+def main(path: Path | None) -> None:
+    if path is None:
+        print(gpu_section(), end="")
+        return
     report = json.loads(path.read_text())
     text = markdown(report)
     (path.parent / "report.md").write_text(text)
@@ -174,4 +181,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if sys.argv[1:] else None)

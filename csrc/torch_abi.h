@@ -259,7 +259,11 @@ class Checks {
 
   void floating(const char* argument, const Tensor& tensor) const {
     const ScalarType t = tensor.scalar_type();
+#if defined(MOR_SIMT)
+    const bool fp64_on_cpu = false;  // CPU tensors stand for CUDA tensors
+#else
     const bool fp64_on_cpu = t == ScalarType::Double && tensor.is_cpu();
+#endif
     require(
         t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || fp64_on_cpu,
         argument, "float32, bfloat16 or float16 (float64 too on CPU)", dtype_str(t));

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="module", params=Backend)
+@pytest.fixture(scope="module", params=Backend, ids=lambda backend: backend.value)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Runs a module's tests on the CPU kernels, on the CUDA kernels by csrc/simt, and on a GPU.
 

@@ -90,6 +90,22 @@ def _cuda() -> Iterator[None]:
         mor_ext.set_debug(False)
 
 
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """CUDA kernels get the contents of index tensors unchecked; the CPU checks them always."""
+    namespace = torch.ops.mor_simt if _current == Backend.SIMT else torch.ops.mor
+    namespace.set_debug(False)
+    try:
+        yield
+    finally:
+        namespace.set_debug(_current != Backend.CPU)
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """On the current backend's device."""
+    return torch.autocast(torch.get_default_device().type, dtype)
+
+
 # ---- tolerances ----
 
 

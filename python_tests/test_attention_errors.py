@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mor_ext.ops import attention, paged_attention
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 Args = dict[str, Any]
 Change = Callable[[Any], Any]
 FLOATING = "float32, bfloat16 or float16 (float64 too on CPU)"
@@ -58,7 +60,7 @@ def paged_args() -> Args:
 
 
 def to(value: Any) -> Change:
-    return lambda _: value
+    return lambda old: value.to(old.device) if isinstance(value, Tensor) else value
 
 
 def at(position: int | tuple[int, ...], value: int) -> Change:

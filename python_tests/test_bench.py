@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -92,3 +94,151 @@ def test_report(tmp_path: Path) -> None:
     for entry in entries:
         if entry["extra_info"]["peer"] != "mor":
             assert f"{entry['extra_info']['ratio']:.2f}x" in row
+
+
+# ---- bench/gpu.py ----
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "simt"])
+def test_gpu_dry_run(kernels: str, pytestconfig: pytest.Config) -> None:
+    """Every case at small sizes, ours and PyTorch's: what can be tried of it without a GPU."""
+    library = pytestconfig.getoption("simt_library")
+    command = [sys.executable, BENCH / "gpu.py", f"--dry-run={kernels}", "--simt-library", library]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *lines, last = done.stdout.splitlines()
+    assert first == f"dry run on {kernels}: no numbers"
+    assert last == "none wrong; no numbers, for no GPU was used"
+    missing = {op for line in lines for op in re.findall(r"missing: (.*)", line)}
+    sources = "".join(path.read_text() for path in (BENCH.parent / "csrc").glob("*/cuda.cpp"))
+    there = set(re.findall(r'm\.impl\("(\w+)"', sources))
+    assert not there & {op for ops in missing for op in ops.split(", ")}
+    tried = [line for line in lines if ": right: ours, " in line]
+    assert len(tried) + sum("missing: " in line for line in lines) == len(lines) > 20
+
+
+def test_gpu_errors(bench: Callable[[str], ModuleType]) -> None:
+    measure = bench("gpu_measure")
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert measure.error_of(exact.float(), exact) == 0
+    assert measure.error_of(exact + torch.tensor([0.0, 0.5]), exact) == pytest.approx(0.1)
+    assert measure.error_of([exact, exact * float("nan")], [exact, exact]) == float("inf")
+    assert measure.error_of(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0
+    assert measure.error_of(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    with pytest.raises(AssertionError):
+        measure.error_of(exact[:1], exact)
+    with pytest.raises(ValueError):
+        measure.error_of([exact], [exact, exact])
+    with measure.poisoned():
+        assert exact.new_empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gpu_results_are_judged(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Made-up measurements of a made-up device, and what must follow from them."""
+    case, report = bench("gpu_case"), bench("gpu_report")
+    goals = [
+        case.Goal("us", 12, stretch=9),
+        case.Goal("share", 0.8),
+        case.Goal("tflop_s", 50),
+        case.Goal("ratio", 2, "slow"),
+        case.Goal("ratio", 2, "broken"),
+        case.Goal("rate", 0.9, "other"),
+    ]
+    described = {
+        "family": "f",
+        "op": "op",
+        "dtype": "bfloat16",
+        "shape": "N1",
+        "goals": [{"goal": str(goal), **vars(goal)} for goal in goals],
+    }
+    measured = {
+        "bytes": 5_000_000,
+        "flops": 400_000_000,
+        "fixed_us": 2,
+        "ours": {"us": 10.0},
+        "peers": {"slow": {"us": 30.0}, "broken": {"failed": "RuntimeError: no"}},
+        "yardsticks": {"other": {"us": 5.0, "flops": 160_000_000}},
+    }
+    ceilings = {
+        "copy_gb_s": 1000.0,
+        "bfloat16_matmul_tflop_s": 100.0,
+        "float32_matmul_tflop_s": 10.0,
+        "one_element_us": 2.0,
+    }
+    entry = report.judged(described, measured, ceilings)
+    assert entry["floor_us"] == pytest.approx(7)  # the bytes take 5 us, the FLOPs 4
+    assert entry["share_of_ceiling"] == pytest.approx(0.5)
+    assert entry["gb_s"] == pytest.approx(500) and entry["tflop_s"] == pytest.approx(40)
+    assert [goal["met"] for goal in entry["goals"]] == [True, False, False, True, None, True]
+    assert [goal["stretch_met"] for goal in entry["goals"]] == [False, *[None] * 5]
+    assert entry["goals"][5]["measured"] == pytest.approx(40 / 32)
+    failed = report.judged(described, {"failed": "no time left"}, ceilings)
+
+    assert report.gpu_section(tmp_path) == "no GPU results yet\n"
+    found = {
+        "date": "2000-01-01",
+        "commit": "0" * 40,
+        "dirty": True,
+        "library": {"sha256": "1" * 64, "prebuilt": True},
+        "device": {"name": "none at all"},
+        "software": {"torch": "0", "cuda": "0", "cudnn": 0},
+        "ceilings": ceilings,
+        "tests": {"tests": 9, "skipped": 1, "failures": 2, "errors": 0, "timed_out": False},
+        "sanitizer": {"memcheck": {"ok": False, "right": 3, "timed_out": True}},
+        "benchmarks": [entry, failed],
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    text = report.gpu_section(tmp_path)
+    assert "commit 000000000000 with local changes" in text
+    assert "tests on the GPU: 8 run, 2 failed" in text
+    assert "memcheck: **not clean**, 3 small cases, stopped at the time limit" in text
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if "| N1" in line]
+    assert rows[0][:4] == ["op", "bf16", "N1", "10.0"]
+    assert rows[0][4:7] == ["slow 3.00x, broken failed", "40 TFLOP/s", "50%"]
+    assert "<= 12 us: yes; >= 80% of ceiling: **no**" in rows[0][7]
+    assert rows[1][3] == "no time left"
+
+
+DYING_WORKER = """
+import json, sys
+_, mode, out, seconds, *cases = sys.argv
+for case in map(int, cases):
+    if case == 2:
+        sys.exit(11)
+    found = {"case": case, "failed": "it was " + str(case)}
+    with open(out, "a") as lines:
+        print(json.dumps(found), file=lines)
+    if case == 4:
+        sys.exit(3)
+"""
+
+
+def test_gpu_bench_goes_on_after_a_crash(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = bench("gpu")
+    (tmp_path / "worker.py").write_text(DYING_WORKER)
+    monkeypatch.setattr(gpu, "WORKER", tmp_path / "worker.py")
+    options = gpu.argparse.Namespace(minutes=1)
+    run = gpu.Run(options, tmp_path, {"ceilings": {}})
+    gpu.benches(run, {number: {"op": number, "goals": []} for number in range(6)})
+    failed = [entry["failed"] for entry in run.found["benchmarks"]]
+    assert failed == [f"it was {n}" if n != 2 else "its process ended with 11" for n in range(6)]
+    late = gpu.Run(gpu.argparse.Namespace(minutes=0), tmp_path, {"ceilings": {}})
+    gpu.benches(late, {7: {"op": 7, "goals": []}})
+    assert late.found["benchmarks"][0]["failed"] == "no time left"
+
+
+def test_gpu_programs_end_at_their_limit(bench: Callable[[str], ModuleType]) -> None:
+    start = time.monotonic()
+    stubborn = "import signal, time; signal.signal(2, signal.SIG_IGN); print('hi'); time.sleep(60)"
+    done = bench("gpu").run([sys.executable, "-c", stubborn], limit=1, grace=1)
+    assert done.status is None and done.output == "hi\n" and time.monotonic() - start < 30
+
+
+def test_no_gpu_numbers_without_results() -> None:
+    """The page on performance says so as long as no run on a GPU is committed, and no longer."""
+    page = (BENCH.parent / "docs" / "performance.md").read_text()
+    results = list((BENCH / "results").glob("*.json"))
+    assert ("No GPU results yet" in page) == (not results)

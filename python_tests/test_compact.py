@@ -11,7 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import DTYPES, LENGTHS, assert_accurate, assert_bitwise, cu_seqlens_of, scaled_atol
+from helpers import (
+    DTYPES,
+    LENGTHS,
+    Backend,
+    assert_accurate,
+    assert_bitwise,
+    backend_dtypes,
+    cu_seqlens_of,
+    scaled_atol,
+    sized,
+    unchecked,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +30,7 @@ from torch import Tensor
 from mor_ext import ops
 from mor_ext.reference import compact as reference
 
+pytestmark = pytest.mark.usefixtures("backend")
 mor = torch.ops.mor
 EPS = 1e-5
 
@@ -35,6 +47,10 @@ def random_index(num_rows: int, active: str, padding: bool = True) -> Tensor:
     return index[torch.randperm(len(index))].int()
 
 
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def repeating_index(num_rows: int, count: int) -> Tensor:
     """Rows that may repeat, and -1."""
     return torch.randint(-1, num_rows, (count,)).int()
@@ -48,6 +64,10 @@ def scatter_inputs(
     x = torch.randn(num_rows, *row_shape).to(dtype)
     update = torch.randn(len(index), *row_shape).to(dtype)
     return x, update, index, gates.get(gate, torch.randn(len(index)).to(dtype))
+
+
+def tensors_of(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def in_fp64(*inputs: Any) -> tuple[Any, ...]:
@@ -74,9 +94,8 @@ def assert_follows(
             else a
             for a in args
         ]
-        outputs = f(*leaves)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        generator = torch.Generator().manual_seed(0)
+        outputs = tensors_of(f(*leaves))
+        generator = generator_of(0)
         grads = [torch.randn(out.shape, generator=generator).to(dtype) for out in outputs]
         grads = [g.to(out.dtype) for g, out in zip(grads, outputs, strict=True)]
         wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
@@ -96,6 +115,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     ],
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
     "offset": lambda t: torch.cat([t[:1], t])[1:],
+    "misaligned": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t),
     "expanded": lambda t: t[:1].expand_as(t),
 }
 
@@ -113,6 +133,24 @@ def test_compact_depth_is_the_reference(seed: int, recursions: int) -> None:
             ops.compact_depth(*args), reference.compact_depth(*args), strict=True
         ):
             assert_bitwise(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "recursions"),
+    [
+        pytest.param([1024, 1024], 2, id="whole tiles of the CUDA kernel"),
+        pytest.param([3] * 1500, 2, id="many sequences"),
+        pytest.param([0, 50, 33], 1024, id="many recursions"),
+        pytest.param([40_000, 0, 7], 9, id="many tokens"),
+    ],
+)
+def test_compact_depth_of_extreme_sizes(seed: int, lengths: list[int], recursions: int) -> None:
+    depth = torch.randint(0, recursions + 1, (sum(lengths),)).int()
+    args = (depth, cu_seqlens_of(lengths), recursions)
+    for actual, expected in zip(
+        ops.compact_depth(*args), reference.compact_depth(*args), strict=True
+    ):
+        assert_bitwise(actual, expected)
 
 
 @settings(max_examples=50, deadline=None)
@@ -142,23 +180,39 @@ def test_compact_depth_layouts() -> None:
 # ---- values and gradients, every dtype ----
 
 
-@pytest.mark.parametrize("row_shape", [(), (1,), (7,), (64,), (3, 8), (2051,)])
+@pytest.mark.parametrize(
+    "row_shape", [(), (1,), (2,), (4,), (7,), (64,), (3, 8), (0,), (2051,), (8200,)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gather_tokens_is_accurate(
     seed: int, dtype: torch.dtype, row_shape: tuple[int, ...]
 ) -> None:
-    for num_rows in (1, 2, 31) if row_shape == (2051,) else (1, 2, 31, 129, 1134):
+    few, many = (1, 2, 31), (1, 2, 31, 129, 1134)
+    for num_rows in few if max(row_shape, default=1) > 2000 else sized(many, many[:-1]):
         x = torch.randn(num_rows, *row_shape).to(dtype)
         index = repeating_index(num_rows, num_rows + 5)
         assert_bitwise(ops.gather_tokens(x, index), reference.gather_tokens(x, index))
         assert_follows(ops.gather_tokens, reference.gather_tokens, (x, index))
 
 
+def test_entries_of_a_row_are_summed_in_order(seed: int) -> None:
+    """In fp32, and rounded once."""
+    index = torch.randint(-1, 3, (700,)).int()
+    for dtype in backend_dtypes():
+        grad = (torch.randn(700, 9) * torch.logspace(-3, 3, 700).unsqueeze(1)).to(dtype)
+        expected = torch.zeros(5, 9, dtype=torch.promote_types(dtype, torch.float32))
+        for entry, row in enumerate(index.tolist()):
+            if row >= 0:
+                expected[row] += grad[entry]
+        assert_bitwise(mor.gather_tokens_bwd(grad, index, 5), expected.to(dtype))
+
+
 @pytest.mark.parametrize("active", ["none", "some", "all"])
 @pytest.mark.parametrize("gate", ["none", "float32", "same"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scatter_tokens_is_accurate(seed: int, dtype: torch.dtype, gate: str, active: str) -> None:
-    shapes = [*((n, (37,)) for n in LENGTHS), (31, ()), (31, (3, 8)), (31, (2051,))]
+    lengths = sized(LENGTHS, LENGTHS[:-1])
+    shapes = [*((n, (37,)) for n in lengths), (31, ()), (31, (3, 8)), (5, (2051,)), (3, (8200,))]
     for num_rows, row_shape in shapes:
         inputs = scatter_inputs(num_rows, row_shape, dtype, gate, active)
         assert_follows(ops.scatter_tokens, reference.scatter_tokens, inputs)
@@ -167,13 +221,23 @@ def test_scatter_tokens_is_accurate(seed: int, dtype: torch.dtype, gate: str, ac
         assert_bitwise(x, ops.scatter_tokens(*inputs))
 
 
+def test_scatter_knows_nothing_of_earlier_calls(seed: int) -> None:
+    """On CUDA, scratch memory that was not cleared may hold the rows of one."""
+    x = torch.randn(300, 8)
+    for count in (300, 200, 50, 1, 0, 7):
+        index, update = torch.randperm(300)[:count].int(), torch.randn(count, 8)
+        y = ops.scatter_tokens(x, update, index)
+        assert_bitwise(y, reference.scatter_tokens(x, update, index))
+
+
 @pytest.mark.parametrize("hidden", [1, 8, 100, 512, 2051])
 @pytest.mark.parametrize("weight", ["float32", "same"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gather_rms_norm_is_accurate(
     seed: int, dtype: torch.dtype, weight: str, hidden: int
 ) -> None:
-    for num_rows in (1, 2, 31, 129, 1134) if hidden == 100 else (1, 31):
+    many = sized((1, 2, 31, 129, 1134), (1, 2, 31, 129))
+    for num_rows in many if hidden == 100 else (1, sized(31, 9)):
         x = torch.randn(num_rows, hidden).to(dtype)
         w = torch.rand(hidden).to(torch.float32 if weight == "float32" else dtype)
         for index in (random_index(num_rows, "some"), repeating_index(num_rows, num_rows + 5)):
@@ -188,6 +252,22 @@ def test_gather_rms_norm_is_accurate(
             assert not rstd.requires_grad
 
 
+@pytest.mark.parametrize("pieces", [1, 32, 33, 64, 65, 128, 129, 512, 513, 1024, 1025])
+def test_gather_rms_norm_around_the_limits_of_cuda_kernels(seed: int, pieces: int) -> None:
+    """Rows of so many times 16 bytes: their teams of threads and what these keep in registers."""
+    index = int32(2, -1, 0, 2)
+    for dtype in backend_dtypes():
+        hidden = pieces * 16 // dtype.itemsize
+        x, weight = torch.randn(4, hidden).to(dtype), torch.rand(hidden).to(dtype)
+        for w in (weight, weight.float()):
+            assert_follows(
+                lambda x, w: ops.gather_rms_norm(x, index, w, EPS)[:2],
+                lambda x, w: reference.gather_rms_norm(x, index, w, EPS)[:2],
+                (x, w),
+            )
+
+
+@pytest.mark.backends(Backend.CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_larger_than_the_cache(seed: int, dtype: torch.dtype) -> None:
     """Their rows go past the cache by other instructions; the row size is odd on purpose."""
@@ -277,10 +357,10 @@ def test_scatter_then_gather_gives_the_update(num_rows: int, hidden: int, number
     assert_bitwise(scattered[untouched], x[untouched])
     # <gather(x), y> = <x, gather_bwd(y)>, also where rows repeat.
     index = repeating_index(num_rows, 9) if num_rows else index
-    y = torch.randn(len(index), hidden, dtype=torch.double)
-    left = (ops.gather_tokens(x.double(), index) * y).sum()
-    right = (x.double() * mor.gather_tokens_bwd(y, index, num_rows)).sum()
-    torch.testing.assert_close(left, right)
+    y = torch.randn(len(index), hidden)
+    left = (ops.gather_tokens(x, index).double() * y.double()).sum()
+    right = (x.double() * mor.gather_tokens_bwd(y, index, num_rows).double()).sum()
+    torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 # ---- scatter_tokens_ ----
@@ -326,6 +406,7 @@ def test_inplace_scatter_is_seen_by_autograd(seed: int) -> None:
 # ---- gradients ----
 
 
+@pytest.mark.backends(Backend.CPU)
 @pytest.mark.parametrize("gate", [True, False])
 def test_gradcheck(seed: int, gate: bool) -> None:
     def leaf(*shape: int) -> Tensor:
@@ -357,42 +438,115 @@ def test_only_wanted_gradients(seed: int) -> None:
     assert_bitwise(weight.grad, torch.zeros(4))
 
 
+# ---- contents that nobody has checked ----
+
+
+@pytest.mark.backends(Backend.SIMT, Backend.CUDA)
+def test_unchecked_index_names_only_rows_that_there_are(seed: int) -> None:
+    """Numbers out of range count as -1."""
+    num_rows = 31
+    for hidden in (24, 7):
+        x, update, index, gate = scatter_inputs(num_rows, (hidden,), torch.float32, "same")
+        wild = torch.randint(-(2**31), 2**31, index.shape)
+        wild = torch.where((wild >= 0) & (wild < num_rows), -1, wild).int()
+        wild[:4] = int32(num_rows, 2**31 - 1, -2, -(2**31))
+        bad = torch.where(torch.rand(len(index)) < 0.5, wild, index)
+        bad[0] = num_rows
+        good = torch.where((bad >= 0) & (bad < num_rows), bad, -1)
+        weight = torch.rand(hidden)
+        rows, normed, rstd = ops.gather_rms_norm(x, good, weight, EPS)
+        cases: list[Callable[[Tensor], Any]] = [
+            lambda index, x=x: ops.gather_tokens(x, index),
+            lambda index, u=update: mor.gather_tokens_bwd(u, index, num_rows),
+            lambda index, x=x, u=update, g=gate: ops.scatter_tokens(x, u, index, g),
+            lambda index, x=x, u=update, g=gate: mor.scatter_tokens_bwd(x, index, u, g),
+            lambda index, x=x, w=weight: ops.gather_rms_norm(x, index, w, EPS),
+            lambda index, r=rows, n=normed, s=rstd, w=weight: mor.gather_rms_norm_bwd(
+                r, n, r, s, index, w, num_rows
+            ),
+        ]
+        with unchecked():
+            for case in cases:
+                for a, b in zip(tensors_of(case(bad)), tensors_of(case(good)), strict=True):
+                    assert_bitwise(a, b)
+            buffer = torch.randn(num_rows + 20, hidden + 8)
+            view, expected = buffer[10:-10, 4:-4], buffer.clone()
+            expected[10:-10, 4:-4] = ops.scatter_tokens(view, update, good, gate)
+            ops.scatter_tokens_(view, update, bad, gate)
+            assert_bitwise(buffer, expected)
+
+
+@pytest.mark.backends(Backend.SIMT, Backend.CUDA)
+def test_unchecked_repeats_in_scatter(seed: int) -> None:
+    """One of the entries of a row wins."""
+    x, update, gate = torch.randn(9, 24), torch.randn(40, 24), torch.randn(40)
+    index = torch.randint(-1, 8, (40,)).int()
+    inplace = x.clone()
+    with unchecked():
+        y = ops.scatter_tokens(x, update, index, gate)
+        ops.scatter_tokens_(inplace, update, index, gate)
+    assert_bitwise(y[8], x[8])
+    assert_bitwise(inplace[8], x[8])
+    for row in range(8):
+        entries = (index == row).nonzero().flatten()
+        one = x[row] + gate[entries].unsqueeze(1) * update[entries]
+        assert torch.isclose(y[row], one, atol=1e-5).all(dim=1).any() or len(entries) == 0
+        assert inplace[row].isfinite().all()
+
+
+@pytest.mark.backends(Backend.SIMT, Backend.CUDA)
+def test_unchecked_depths_and_lengths(seed: int) -> None:
+    """Wild depths count as the nearest in range; wild lengths leave the lists as they are."""
+    tokens, recursions = 3000, 10
+    depth = torch.randint(-(2**31), 2**31, (tokens,)).int()
+    depth = torch.where(torch.rand(tokens) < 0.5, depth % (recursions + 1), depth)
+    good = (depth.clamp(0, recursions), cu_seqlens_of([2000, 1000]), recursions)
+    for batch in (3, 1500):
+        wild = torch.randint(-(2**31), 2**31, (batch + 1,)).int()
+        near = torch.randint(-tokens, 2 * tokens, (batch + 1,)).int()
+        for cu_seqlens in (wild, near, near.sort().values, near.sort(descending=True).values):
+            with unchecked():
+                index, cu_seqlens_out = ops.compact_depth(depth, cu_seqlens, recursions)
+            assert_bitwise(index, reference.compact_depth(*good)[0])
+            assert cu_seqlens_out.shape == (recursions, batch + 1)
+    with unchecked():
+        cu_seqlens_out = ops.compact_depth(depth, *good[1:])[1]
+    assert_bitwise(cu_seqlens_out, reference.compact_depth(*good)[1])
+
+
 # ---- determinism, threads, compilation ----
 
 
 def every_result(dtype: torch.dtype) -> list[Tensor]:
-    """Every op of both families on one set of inputs, big enough for several threads."""
-    generator = torch.Generator().manual_seed(3)
+    """Every op on one set of inputs, big enough for several threads."""
+    generator = generator_of(3)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    x, gate, weight = randn(3000, 96), randn(2000), randn(96)
-    index = torch.randperm(3000, generator=generator)[:2000].int()
-    repeats = torch.randint(-1, 3000, (2000,), generator=generator).int()
-    update = randn(2000, 96)
-    cu_seqlens, cu_seqlens_out = cu_seqlens_of([1000, 0, 2000]), cu_seqlens_of([300, 0, 999])
-    depth, load = ops.route_depth(x[:, :3])
+    tokens, active = sized((3000, 2000), (700, 500))
+    x, gate, weight, update = randn(tokens, 96), randn(active), randn(96), randn(active, 96)
+    index = torch.randperm(tokens, generator=generator)[:active].int()
+    repeats = torch.randint(-1, tokens, (active,), generator=generator).int()
+    depth = torch.randint(0, 4, (tokens,), generator=generator).int()
     inplace = x.clone()
     ops.scatter_tokens_(inplace, update, index, gate)
     normed = ops.gather_rms_norm(x, repeats, weight, EPS)
     return [
-        ops.route_topk(x[:, 0], cu_seqlens, cu_seqlens_out, 1299, 2000),
-        depth,
-        load,
-        *ops.compact_depth(depth, cu_seqlens, 3),
+        *ops.compact_depth(depth, cu_seqlens_of([100, 0, tokens - 100]), 3),
         ops.gather_tokens(x, repeats),
-        mor.gather_tokens_bwd(update, repeats, 3000),
+        mor.gather_tokens_bwd(update, repeats, tokens),
         ops.scatter_tokens(x, update, index, gate),
         inplace,
         *mor.scatter_tokens_bwd(x, index, update, gate),
         *normed,
-        *mor.gather_rms_norm_bwd(update, update, normed[0], normed[2], repeats, weight, 3000),
+        *mor.gather_rms_norm_bwd(update, update, normed[0], normed[2], repeats, weight, tokens),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    """Nor on the order of blocks, which csrc/simt shuffles."""
     threads = torch.get_num_threads()
     results = []
     try:
@@ -406,6 +560,7 @@ def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             assert_bitwise(a, b)
 
 
+@pytest.mark.backends(Backend.CPU)
 def test_concurrent_calls() -> None:
     expected = every_result(torch.bfloat16)
     with ThreadPoolExecutor(4) as pool:
@@ -421,6 +576,7 @@ torch.save([r for dtype in DTYPES for r in every_result(dtype)], sys.argv[1])
 """
 
 
+@pytest.mark.backends(Backend.CPU)
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_lower_instruction_sets_agree(tmp_path: Path, capability: str) -> None:
     here = Path(__file__).parent

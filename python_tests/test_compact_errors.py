@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Backend, map_tensors
 from torch import Tensor
 
 from mor_ext import ops
 
+pytestmark = pytest.mark.usefixtures("backend")
 mor = torch.ops.mor
 
 
@@ -51,6 +53,7 @@ UNSHARED = "of elements that share no memory"
 NORMS = ["gather_rms_norm", "gather_rms_norm_bwd"]
 GATHER_BWDS = ["gather_tokens_bwd", "gather_rms_norm_bwd"]
 INTEGER = f"{FLOATING}, got int32"
+EXPANDED = torch.ones(1, 4)  # to six rows, in the test
 HALF = torch.ones(3, 4).half()
 ERRORS: list[tuple[list[str], str, Any, str]] = [
     (["compact_depth"], "depth", torch.ones(3), "int32, got float32"),
@@ -81,7 +84,7 @@ ERRORS: list[tuple[list[str], str, Any, str]] = [
     (ALL_SCATTERS, "gate", torch.ones(3).half(), "float32, got float16"),
     (ALL_SCATTERS, "gate", torch.ones(3, 1), "of shape [K], got shape [3, 1]"),
     (["scatter_tokens_bwd"], "gate", None, "given where update is, got None"),
-    (["scatter_tokens_"], "x", torch.ones(4).expand(6, 4), f"{UNSHARED}, got an expanded tensor"),
+    (["scatter_tokens_"], "x", EXPANDED, f"{UNSHARED}, got an expanded tensor"),
     (NORMS, "weight", torch.ones(4).half(), "float32, got float16"),
     (NORMS, "weight", torch.ones(5), "of shape [hidden], got shape [5]"),
     (["gather_rms_norm"], "eps", -1.0, "at least 0, got -1"),
@@ -96,11 +99,18 @@ ERRORS: list[tuple[list[str], str, Any, str]] = [
 CASES = [(op, *case) for names, *case in ERRORS for op in names]
 
 
+def here(args: dict[str, Any]) -> dict[str, Any]:
+    """The tensors above, on the device of the current backend."""
+    return map_tensors(args, lambda t: t.to(torch.get_default_device()))
+
+
 @pytest.mark.parametrize(("op", "argument", "value", "message"), CASES)
 def test_errors_say_what_and_change_nothing(
     op: str, argument: str, value: Any, message: str
 ) -> None:
-    args = {**OPS[op], argument: value}
+    args = here({**OPS[op], argument: value})
+    if value is EXPANDED:
+        args[argument] = args[argument].expand(6, 4)
     tensors = [t for t in args.values() if isinstance(t, Tensor)]
     before = [t.clone() for t in tensors]
     full = re.escape(f"mor::{op}: {argument} must be {message}")
@@ -112,7 +122,8 @@ def test_errors_say_what_and_change_nothing(
 
 @pytest.mark.parametrize("argument", ["x", "update", "gate"])
 def test_inplace_scatter_refuses_gradients(argument: str) -> None:
-    args = {**SCATTER, argument: SCATTER[argument].clone().requires_grad_()}
+    args = here(SCATTER)
+    args[argument] = args[argument].clone().requires_grad_()
     message = f"mor::scatter_tokens_: {argument} must be without gradient"
     with pytest.raises(RuntimeError, match=message):
         ops.scatter_tokens_(**args)
@@ -120,13 +131,23 @@ def test_inplace_scatter_refuses_gradients(argument: str) -> None:
         ops.scatter_tokens_(**{**args, "x": args["x"].clone()})
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op != "compact_depth"])
+@pytest.mark.backends(Backend.CUDA)
+@pytest.mark.parametrize("op", INDEXED)
+def test_devices_must_agree(op: str) -> None:
+    args = here(OPS[op])
+    args["index"] = args["index"].cpu()
+    message = f"mor::{op}: index must be on cuda:0 like the first argument, got cpu"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        getattr(mor, op)(**args)
+
+
+@pytest.mark.parametrize("op", INDEXED)
 def test_empty_inputs(op: str) -> None:
     """No entries, and then no rows either."""
     for rows in (6, 0):
         args = {
             name: value[:0] if isinstance(value, Tensor) and name != "weight" else value
-            for name, value in OPS[op].items()
+            for name, value in here(OPS[op]).items()
         }
         args.update(
             {

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_bitwise, cu_seqlens_of, map_tensors
+from helpers import Backend, assert_bitwise, autocast, map_tensors, sized, unchecked
+from samples import SAMPLES, Args
 from torch import Tensor
 
 import mor_ext
@@ -20,167 +21,10 @@ from mor_ext.reference import compact as reference_compact
 from mor_ext.reference import kv_cache as reference_kv_cache
 from mor_ext.reference import route as reference_route
 
-Args = dict[str, Any]
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def some_rows(n: int) -> Tensor:
-    """Unique rows of [0, n), ascending, and padding."""
-    return torch.cat([torch.randperm(n)[: n // 2].sort().values, int32(-1)]).int()
-
-
-# ---- sample arguments: the larger n, the longer the sequences ----
-
-
-def route_topk(n: int) -> Args:
-    return {
-        "scores": torch.randn(3 * n),
-        "cu_seqlens": cu_seqlens_of([n, 0, 2 * n]),
-        "cu_seqlens_out": cu_seqlens_of([n // 2, 0, n]),
-        "total_out": n // 2 + n,
-        "max_seqlen": 2 * n,
-    }
-
-
-def route_depth(n: int) -> Args:
-    return {"logits": torch.randn(n, 3), "bias": torch.randn(3)}
-
-
-def compact_depth(n: int) -> Args:
-    depth = torch.randint(4, (3 * n,), dtype=torch.int32)
-    return {"depth": depth, "cu_seqlens": cu_seqlens_of([n, 0, 2 * n]), "num_recursions": 3}
-
-
-def gather_tokens(n: int) -> Args:
-    return {"x": torch.randn(n, 24), "index": some_rows(n)}
-
-
-def gather_tokens_bwd(n: int) -> Args:
-    return {"grad": torch.randn(n // 2 + 1, 24), "index": some_rows(n), "num_rows": n}
-
-
-def scatter_tokens(n: int) -> Args:
-    count = n // 2 + 1
-    return {
-        "x": torch.randn(n, 24),
-        "update": torch.randn(count, 24),
-        "index": some_rows(n),
-        "gate": torch.rand(count),
-    }
-
-
-def scatter_tokens_bwd(n: int) -> Args:
-    args = scatter_tokens(n)
-    return {"grad": args.pop("x"), "index": args["index"], **args}
-
-
-def gather_rms_norm(n: int) -> Args:
-    return {"x": torch.randn(n, 24), "index": some_rows(n), "weight": torch.randn(24), "eps": 1e-6}
-
-
-def gather_rms_norm_bwd(n: int) -> Args:
-    args = gather_rms_norm(n)
-    rows, _, rstd = reference_compact.gather_rms_norm(**args)
-    return {
-        "grad_rows": torch.randn(rows.shape),
-        "grad_normed": torch.randn(rows.shape),
-        "rows": rows,
-        "rstd": rstd,
-        "index": args["index"],
-        "weight": args["weight"],
-        "num_rows": n,
-    }
-
-
-def rotary(n: int) -> Args:
-    angles = torch.arange(n).unsqueeze(1) * torch.logspace(0, -2, 8)
-    return {
-        "query": torch.randn(n, 4, 16),
-        "key": torch.randn(n, 2, 16),
-        "cos": angles.cos(),
-        "sin": angles.sin(),
-        "positions": torch.randint(max(n, 1), (n,), dtype=torch.int32),
-    }
-
-
-def kv_append(n: int) -> Args:
-    """Three lanes, the second without new tokens, in blocks of 4."""
-    blocks = n // 4 + 2
-    return {
-        "key": torch.randn(n, 2, 16),
-        "value": torch.randn(n, 2, 16),
-        "key_cache": torch.randn(3 * blocks + 1, 4, 2, 16),
-        "value_cache": torch.randn(3 * blocks + 1, 4, 2, 16),
-        "block_table": torch.randperm(3 * blocks).view(3, blocks).int(),
-        "cache_seqlens": int32(3, 2, 0),
-        "cu_seqlens": cu_seqlens_of([n // 3, 0, n - n // 3]),
-    }
-
-
-def rotary_kv_append(n: int) -> Args:
-    args = {**rotary(n), **kv_append(n)}
-    return {"query": args["query"], "key": args["key"], "value": args["value"], **args}
-
-
-def attention(n: int) -> Args:
-    limits = torch.randint(2 * n + 1, (n,)).sort().values
-    return {
-        "query": torch.randn(n + 3, 4, 16),
-        "key": torch.randn(2 * n + 5, 2, 16),
-        "value": torch.randn(2 * n + 5, 2, 16),
-        "cu_seqlens_q": cu_seqlens_of([n, 0, 3]),
-        "cu_seqlens_k": cu_seqlens_of([2 * n, 3, 2]),
-        "key_limit": torch.cat([limits, int32(0, 1, 2)]).int(),
-        "max_seqlen_q": n + 3,
-        "max_seqlen_k": 2 * n + 3,
-        "softmax_scale": 0.25,
-    }
-
-
-def attention_bwd(n: int) -> Args:
-    args = attention(n)
-    out, lse = reference_attention.attention(**args)
-    grads = {"grad_out": torch.randn(out.shape), "grad_lse": torch.randn(lse.shape)}
-    data = {name: args.pop(name) for name in ("query", "key", "value")}
-    return {**grads, **data, "out": out, "lse": lse, **args}
-
-
-def paged_attention(n: int) -> Args:
-    cache = kv_append(n)
-    return {
-        "query": torch.randn(n + 1, 4, 16),
-        **{name: cache[name] for name in ("key_cache", "value_cache", "block_table")},
-        "cache_seqlens": int32(n, 2, n),
-        "cu_seqlens_q": cu_seqlens_of([1, 0, n]),
-        "key_limit": None,
-        "max_seqlen_q": n + 1,
-        "softmax_scale": 0.25,
-    }
-
-
-SAMPLES: dict[str, Callable[[int], Args]] = {
-    f.__name__: f
-    for f in (
-        route_topk,
-        route_depth,
-        compact_depth,
-        gather_tokens,
-        gather_tokens_bwd,
-        scatter_tokens,
-        scatter_tokens_bwd,
-        gather_rms_norm,
-        gather_rms_norm_bwd,
-        rotary,
-        kv_append,
-        rotary_kv_append,
-        attention,
-        attention_bwd,
-        paged_attention,
-    )
-} | {"scatter_tokens_": scatter_tokens}
+pytestmark = pytest.mark.usefixtures("backend")
+on_cpu_only = pytest.mark.backends(Backend.CPU)
+on_cuda_only = pytest.mark.backends(Backend.CUDA)
+not_on_cpu = pytest.mark.backends(Backend.SIMT, Backend.CUDA)
 
 # Arguments in which an op is differentiable; the ops named *_bwd are what their gradients call.
 DIFFERENTIABLE = {
@@ -221,9 +65,13 @@ def results(name: str, args: Args, op: Callable[..., Any] | None = None) -> dict
     """What the op returns and what it writes in place, called on copies of args."""
     args = map_tensors(args, Tensor.clone)
     returned = overload(name)(*args.values()) if op is None else op(**args)
+    return named_results(name, args, returned)
+
+
+def named_results(name: str, args: Args, returned: Any) -> dict[str, Tensor]:
     outputs = returned if isinstance(returned, tuple) else (returned,)
     named = {f"output {i}": out for i, out in enumerate(outputs) if out is not None}
-    return named | {name: args[name] for name in mutated(name)}
+    return named | {argument: args[argument] for argument in mutated(name)}
 
 
 def with_gradients(name: str, args: Args, op: Callable[..., Any]) -> dict[str, Tensor]:
@@ -245,12 +93,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # ---- the library ----
 
 
+@on_cpu_only
 def test_the_table_has_every_op() -> None:
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mor::")]
-    assert sorted(SAMPLES) == sorted(n.removeprefix("mor::") for n in names)
+    assert sorted([*SAMPLES, "set_debug"]) == sorted(n.removeprefix("mor::") for n in names)
     assert sorted(ops.__all__) == sorted(WRAPPED)
 
 
+@on_cpu_only
 @every_op
 def test_schema(name: str) -> None:
     """Sizes are symbolic, nothing is a string, and what is written in place is not returned."""
@@ -261,6 +111,7 @@ def test_schema(name: str) -> None:
     assert list(SAMPLES[name](8)) == [a.name for a in schema.arguments]
 
 
+@on_cpu_only
 @every_wrapped_op
 def test_wrapper_and_reference(name: str) -> None:
     """One signature on every floor, and a docstring that leaves no argument out."""
@@ -302,6 +153,7 @@ def test_agrees_with_the_reference(name: str, n: int, seed: int) -> None:
         torch.testing.assert_close(result[1], exact, msg=lambda m, r=result: f"{r[0]}: {m}")
 
 
+@on_cpu_only
 @pytest.mark.parametrize("capability", _engine.available_cpu_isas)
 def test_every_instruction_set(capability: str) -> None:
     """Accuracy once more, with the kernels of each instruction set that this machine has."""
@@ -313,6 +165,7 @@ def test_every_instruction_set(capability: str) -> None:
     ]
     folder = os.path.dirname(__file__)
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    command += ["-k", "not simt and not cuda"]
     done = subprocess.run(
         [*command, *(os.path.join(folder, test) for test in tests)],
         env={**os.environ, "MOR_CPU_CAPABILITY": capability},
@@ -340,6 +193,20 @@ def test_inputs_are_left_alone(name: str, n: int, seed: int) -> None:
 
 
 @every_op
+@pytest.mark.parametrize("n", [0, 2, 37])
+def test_outputs_are_written_in_full(name: str, n: int, seed: int) -> None:
+    """The same bits where PyTorch fills new memory with NaN or the largest integer before."""
+    args = SAMPLES[name](n)
+    expected = results(name, args)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same(results(name, args), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_cpu_only
+@every_op
 def test_same_bits_on_any_number_of_threads(name: str, seed: int) -> None:
     args = SAMPLES[name](5000 if "attention" not in name else 300)
     threads = torch.get_num_threads()
@@ -354,13 +221,65 @@ def test_same_bits_on_any_number_of_threads(name: str, seed: int) -> None:
 
 def test_concurrent_calls(seed: int) -> None:
     """Any op beside any other, from several Python threads."""
-    samples = {name: make(64) for name, make in SAMPLES.items()}
+    samples = {name: make(sized(64, 16)) for name, make in SAMPLES.items()}
     expected = {name: results(name, args) for name, args in samples.items()}
     with ThreadPoolExecutor(4) as pool:
-        names = [name for _ in range(20) for name in samples]
+        names = [name for _ in range(sized(20, 3)) for name in samples]
         found = pool.map(lambda name: results(name, samples[name]), names)
         for name, result in zip(names, found, strict=True):
             assert_same(result, expected[name])
+
+
+# ---- CUDA ----
+
+
+@on_cuda_only
+@every_op
+def test_cuda_graph(name: str, seed: int) -> None:
+    """Replayed on other values, which nothing on the host may have looked at."""
+    args, others = SAMPLES[name](37), SAMPLES[name](37)
+    with unchecked():
+        expected = results(name, others)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            returned = overload(name)(*args.values())
+        for _ in range(2):
+            for argument, other in others.items():
+                if isinstance(other, Tensor):
+                    args[argument].copy_(other)
+            graph.replay()
+            assert_same(named_results(name, args, returned), expected)
+
+
+@on_cuda_only
+@every_op
+def test_current_stream(name: str, seed: int) -> None:
+    """On a stream whose tensors get their values late: a kernel on another would not see them."""
+    args = SAMPLES[name](37)
+    expected = results(name, args)
+    late = map_tensors(args, torch.zeros_like)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()), unchecked():
+        torch.cuda._sleep(10_000_000)
+        for argument, value in args.items():
+            if isinstance(value, Tensor):
+                late[argument].copy_(value)
+        actual = results(name, late)
+        torch.cuda.current_stream().synchronize()
+    assert_same(actual, expected)
+
+
+@on_cuda_only
+@every_op
+def test_another_device_than_the_current_one(name: str, seed: int) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    args = SAMPLES[name](37)
+    expected = results(name, args)
+    actual = results(name, map_tensors(args, lambda t: t.to("cuda:1")))
+    assert {t.device.index for t in actual.values()} == {1}
+    assert torch.cuda.current_device() == 0
+    assert_same(map_tensors(actual, Tensor.cpu), map_tensors(expected, Tensor.cpu))
 
 
 # ---- torch.compile ----
@@ -402,7 +321,7 @@ def test_autocast(name: str, seed: int) -> None:
         if name in AUTOCAST and cache in args:
             args[cache] = args[cache].bfloat16()
     by_hand = {n: a.bfloat16() if n in AUTOCAST.get(name, []) else a for n, a in args.items()}
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.bfloat16):
         actual = results(name, args, getattr(ops, name))
     assert_same(actual, results(name, by_hand))
 
@@ -453,6 +372,43 @@ def test_garbage(name: str, garbage: str, seed: int) -> None:
             assert same or garbage not in ALWAYS_WRONG, f"{argument} was accepted"
 
 
+UNCHECKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "far out of range": garbage_int32,
+    "near the range": lambda t: torch.randint(-2, 40, t.shape).int(),
+    "out of order": lambda t: t.flatten()[torch.randperm(t.numel())].view(t.shape),
+}
+
+
+def between_guards(t: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A copy of t, and the memory before and behind it."""
+    size, guard = t.numel() * t.itemsize, 4096
+    before, own, behind = torch.full((2 * guard + size,), 0x55, dtype=torch.uint8).split(
+        [guard, size, guard]
+    )
+    return own.view(t.dtype).view(t.shape).copy_(t), [before, behind]
+
+
+@not_on_cpu
+@every_op
+@pytest.mark.parametrize("garbage", UNCHECKED)
+def test_unchecked_garbage(name: str, garbage: str, seed: int) -> None:
+    """Bad contents of any index tensor, or of all: a result, and nothing else is written."""
+    sample = SAMPLES[name](9)
+    indices = [n for n, a in sample.items() if isinstance(a, Tensor) and not a.is_floating_point()]
+    for bad in [[n] for n in indices] + [indices]:
+        guarded = {n: between_guards(a) for n, a in sample.items() if isinstance(a, Tensor)}
+        args = sample | {n: own for n, (own, _) in guarded.items()}
+        for n in bad:
+            args[n].copy_(UNCHECKED[garbage](args[n]))
+        before = map_tensors(args, Tensor.clone)
+        with unchecked():
+            overload(name)(*args.values())
+        for n, (own, guards) in guarded.items():
+            assert all((guard == 0x55).all() for guard in guards), f"written outside {n}"
+            assert n in mutated(name) or torch.equal(own, before[n]), f"{n} has changed"
+    assert_same(results(name, sample), results(name, sample))  # the device is as it was
+
+
 @every_op
 @pytest.mark.parametrize("value", [-1, -(2**63), 2**40, 2**62])
 def test_absurd_sizes(name: str, value: int, seed: int) -> None:
@@ -472,12 +428,14 @@ def test_absurd_sizes(name: str, value: int, seed: int) -> None:
 @every_op
 def test_wrong_device(name: str, seed: int) -> None:
     """A tensor without memory among the others must not give a result without values."""
+    others = ["meta", "cpu"] if torch.get_default_device().type == "cuda" else ["meta"]
     for argument, good in SAMPLES[name](9).items():
-        if isinstance(good, Tensor):
-            args = {**SAMPLES[name](9), argument: good.to("meta")}
+        for other in others if isinstance(good, Tensor) else []:
+            args = {**SAMPLES[name](9), argument: good.to(other)}
             with pytest.raises(RuntimeError, match=f"mor::{name}: .* must be on "):
                 overload(name)(*args.values())
 
 
+@on_cpu_only
 def test_build_info() -> None:
     assert mor_ext.build_info()["version"] == mor_ext.__version__

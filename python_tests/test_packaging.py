@@ -1,5 +1,6 @@
 """What is shipped: the contents of wheel and sdist, and a wheel at work outside its source tree."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import mor_ext
 
 ROOT = Path(__file__).parents[1]
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "mor_ext").rglob("*.py")}
@@ -24,6 +27,8 @@ def run(*command: object, cwd: Path = ROOT) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built without isolation: from the objects of the last build, so in seconds."""
     folder = tmp_path_factory.mktemp("wheel")
+    if mor_ext.build_info()["cuda"] == "none":
+        os.environ.setdefault("MOR_CUDA_ARCHS", "none")
     options = ("--no-deps", "--no-build-isolation", "--wheel-dir", folder)
     run(sys.executable, "-m", "pip", "wheel", "--quiet", *options, ROOT)
     (path,) = folder.glob("*.whl")
@@ -69,5 +74,6 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
         names = {member.name.split("/", 1)[-1] for member in archive if member.isfile()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     top = {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
-    assert names >= MODULES | sources | top | {"mor_ext/py.typed"}
+    tools = {str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*.*")}
+    assert names >= MODULES | sources | top | tools | {"mor_ext/py.typed"}
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

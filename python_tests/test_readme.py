@@ -28,7 +28,7 @@ def test_table_names_every_op() -> None:
     cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
     schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "library.cpp").read_text())
-    assert named == {name for name in schemas if not name.endswith("_bwd")}
+    assert named == {name for name in schemas if not name.endswith("_bwd")} - {"set_debug"}
     for name in named:
         assert getattr(mor_ext.ops, name).__doc__, f"mor_ext.ops.{name} has no docstring"
 
@@ -37,7 +37,8 @@ def test_table_names_every_op() -> None:
 def test_local_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
         if "://" not in link:
-            assert ((ROOT / page).parent / link).exists(), f"{page}: {link} does not exist"
+            file = (ROOT / page).parent / link.partition("#")[0]
+            assert file.exists(), f"{page}: {link} does not exist"
 
 
 def test_make_targets_exist() -> None:

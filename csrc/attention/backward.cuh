@@ -21,7 +21,7 @@ struct BackwardRowsTraits {
 // The state of every row. Grid: (tiles of rows of all sequences, KV heads).
 template <typename T>
 __global__ void __launch_bounds__(BackwardRowsTraits::kThreads)
-    attention_bwd_rows(const __grid_constant__ AttentionBwdParams bwd, RowState* all_states) {
+    attention_bwd_rows(const __grid_constant__ AttentionBwdParams bwd, BackwardRow* all_states) {
   using Traits = BackwardRowsTraits;
   using Chunk = Vector<T, kVector16<T>>;
   constexpr int kRowsAtOnce = Traits::kThreads / Traits::kRowLanes;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits::kThreads)
 }
 
 template <typename T>
-cudaError_t backward_rows(const AttentionBwdParams& bwd, RowState* states, cudaStream_t stream) {
+cudaError_t backward_rows(const AttentionBwdParams& bwd, BackwardRow* states, cudaStream_t stream) {
   using Traits = BackwardRowsTraits;
   const AttentionParams& p = bwd.forward;
   const int64_t rows = p.total_q * (p.heads / p.kv_heads);
@@ -83,7 +83,7 @@ cudaError_t backward_rows(const AttentionBwdParams& bwd, RowState* states, cudaS
 }
 
 template <typename T, int kDim>
-cudaError_t backward(const AttentionBwdParams& bwd, RowState* states, cudaStream_t stream) {
+cudaError_t backward(const AttentionBwdParams& bwd, BackwardRow* states, cudaStream_t stream) {
   cudaError_t error = backward_rows<T>(bwd, states, stream);
   if (error == cudaSuccess) {
     error = backward_keys<T, kDim>(bwd, states, stream);
@@ -93,7 +93,7 @@ cudaError_t backward(const AttentionBwdParams& bwd, RowState* states, cudaStream
 
 template <typename T>
 cudaError_t attention_bwd_of(const AttentionBwdParams& bwd, void* row_states, cudaStream_t stream) {
-  auto* states = static_cast<RowState*>(row_states);
+  auto* states = static_cast<BackwardRow*>(row_states);
   if (bwd.forward.head_dim <= 64) {
     return backward<T, 64>(bwd, states, stream);
   }

@@ -36,7 +36,7 @@ class Weights {
 
 // What the kernels need of a row beside its query and grad_out. They lie in memory in the order of
 // Sequence's rows, so that a tile of them is a row of 16-byte chunks.
-struct alignas(16) RowState {
+struct alignas(16) BackwardRow {
   float lse;      // by Weights::lse
   float delta;    // sum(grad_out * out) - grad_lse
   int32_t limit;  // how many keys the row sees
@@ -59,8 +59,8 @@ __device__ const T* row_at(const HeadRows& tensor, uint32_t row, uint32_t head) 
 // Starts copies of kCount states to `to`, by kThreads threads; zeros from `rows` on, which do no
 // harm: queries and grad_out are zero there.
 template <int kCount, int kThreads>
-__device__ void load_states(const Shared<RowState>& to, const RowState* from, int32_t rows) {
-  static_assert(sizeof(RowState) == 16 && kCount <= kThreads);
+__device__ void load_states(const Shared<BackwardRow>& to, const BackwardRow* from, int32_t rows) {
+  static_assert(sizeof(BackwardRow) == 16 && kCount <= kThreads);
   const int i = thread_index();
   if (i < kCount) {
     copy_async(to + i, i < rows ? from + i : from, i < rows);
@@ -99,7 +99,7 @@ __device__ void softmax_backward(float (&scores)[kRowTiles][kColumnTiles][4],
     for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const RowState row = state(i, j, e);
+        const BackwardRow row = state(i, j, e);
         const bool seen = !kMasked || key(i, j, e) < row.limit;
         const float weight = weights(scores[i][j][e], row.lse);
         scores[i][j][e] = seen ? weight : 0;

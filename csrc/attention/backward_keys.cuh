@@ -34,7 +34,7 @@ struct BackwardKeysTraits {
   using Products = float[kKeyTiles][kRows / 8][4];  // of a warp
   using Gradients = float[kKeyTiles][kDim / 8][4];
   static constexpr int64_t kSharedBytes =
-      2 * Keys::kBytes + 2 * Rows::kBytes + shared_bytes<RowState>(kStages * kRows);
+      2 * Keys::kBytes + 2 * Rows::kBytes + shared_bytes<BackwardRow>(kStages * kRows);
   static_assert(kSharedBytes <= 99 << 10);
 };
 
@@ -42,7 +42,8 @@ struct BackwardKeysTraits {
 template <typename T, int kDim, bool kGradKey, bool kGradValue>
 __global__ void __launch_bounds__(BackwardKeysTraits<T, kDim>::kThreads,
                                   BackwardKeysTraits<T, kDim>::kBlocks)
-    attention_bwd_keys(const __grid_constant__ AttentionBwdParams bwd, const RowState* all_states) {
+    attention_bwd_keys(const __grid_constant__ AttentionBwdParams bwd,
+                       const BackwardRow* all_states) {
   using Traits = BackwardKeysTraits<T, kDim>;
   constexpr int kRows = Traits::kRows;
   const AttentionParams& p = bwd.forward;
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(BackwardKeysTraits<T, kDim>::kThreads,
   SharedArena arena;
   const auto key = Traits::Keys::take(arena), value = Traits::Keys::take(arena);
   const auto query = Traits::Rows::take(arena), grad_out = Traits::Rows::take(arena);
-  const Shared<RowState> states = arena.take<RowState>(Traits::kStages * kRows);
+  const Shared<BackwardRow> states = arena.take<BackwardRow>(Traits::kStages * kRows);
 
   const auto head_dim = static_cast<int>(p.head_dim);
   const PackedRows<T> key_rows(p.kv.key, seq), value_rows(p.kv.value, seq);
@@ -107,11 +108,11 @@ __global__ void __launch_bounds__(BackwardKeysTraits<T, kDim>::kThreads,
     if constexpr (kGradKey) {
       multiply_rows(grad, value, warp_key, grad_out, place);
     }
-    const auto state = [&](int, int j, int e) -> RowState {
+    const auto state = [&](int, int j, int e) -> BackwardRow {
       return states[place + accumulator_column(j, e)];
     };
     const auto key_of = [&](int i, int, int e) { return warp_key0 + accumulator_row(i, e); };
-    const RowState first = states[place];
+    const BackwardRow first = states[place];
     if (first.limit < warp_end) {
       softmax_backward<true>(weights, grad, to_weights, state, key_of);
     } else {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(BackwardKeysTraits<T, kDim>::kThreads,
 }
 
 template <typename T, int kDim, bool kGradKey, bool kGradValue>
-cudaError_t launch_backward_keys(const AttentionBwdParams& bwd, const RowState* states,
+cudaError_t launch_backward_keys(const AttentionBwdParams& bwd, const BackwardRow* states,
                                  cudaStream_t stream) {
   using Traits = BackwardKeysTraits<T, kDim>;
   const int64_t keys = bwd.forward.kv.total_keys, batch = bwd.forward.batch;
@@ -155,7 +156,7 @@ cudaError_t launch_backward_keys(const AttentionBwdParams& bwd, const RowState* 
 }
 
 template <typename T, int kDim>
-cudaError_t backward_keys(const AttentionBwdParams& bwd, const RowState* states,
+cudaError_t backward_keys(const AttentionBwdParams& bwd, const BackwardRow* states,
                           cudaStream_t stream) {
   if constexpr (BackwardKeysTraits<T, kDim>::kTogether) {
     return launch_backward_keys<T, kDim, true, true>(bwd, states, stream);

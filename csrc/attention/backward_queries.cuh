@@ -25,7 +25,7 @@ struct BackwardQueriesTraits {
   using Products = float[kRowTiles][kKeys / 8][4];  // of a warp
   using Gradients = float[kRowTiles][kDim / 8][4];
   static constexpr int64_t kSharedBytes =
-      2 * Rows::kBytes + 2 * Keys::kBytes + shared_bytes<RowState>(kRows);
+      2 * Rows::kBytes + 2 * Keys::kBytes + shared_bytes<BackwardRow>(kRows);
   static_assert(kSharedBytes <= 99 << 10);
 };
 
@@ -33,7 +33,7 @@ struct BackwardQueriesTraits {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(BackwardQueriesTraits<T, kDim>::kThreads, 2)
     attention_bwd_queries(const __grid_constant__ AttentionBwdParams bwd,
-                          const RowState* all_states) {
+                          const BackwardRow* all_states) {
   using Traits = BackwardQueriesTraits<T, kDim>;
   constexpr int kKeys = Traits::kKeys;
   const AttentionParams& p = bwd.forward;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(BackwardQueriesTraits<T, kDim>::kThreads, 2)
   SharedArena arena;
   const auto query = Traits::Rows::take(arena), grad_out = Traits::Rows::take(arena);
   const auto key = Traits::Keys::take(arena), value = Traits::Keys::take(arena);
-  const Shared<RowState> states = arena.take<RowState>(Traits::kRows);
+  const Shared<BackwardRow> states = arena.take<BackwardRow>(Traits::kRows);
 
   const auto head_dim = static_cast<int>(p.head_dim);
   load_tile<Traits::kRows, Traits::kThreads>(
@@ -79,11 +79,11 @@ __global__ void __launch_bounds__(BackwardQueriesTraits<T, kDim>::kThreads, 2)
     typename Traits::Products weights, grad;
     multiply_rows(weights, query, warp_row, key, place);
     multiply_rows(grad, grad_out, warp_row, value, place);
-    const auto state = [&](int i, int, int e) -> RowState {
+    const auto state = [&](int i, int, int e) -> BackwardRow {
       return states[warp_row + accumulator_row(i, e)];
     };
     const auto key_of = [&](int, int j, int e) { return key0 + accumulator_column(j, e); };
-    const RowState first = states[warp_row];
+    const BackwardRow first = states[warp_row];
     if (first.limit < key0 + kKeys) {
       softmax_backward<true>(weights, grad, to_weights, state, key_of);
     } else {
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(BackwardQueriesTraits<T, kDim>::kThreads, 2)
   stage_rows(query, warp_row, grad_query, [&](int, int) { return factor; });
   store_rows(query, warp_row, Traits::kWarpRows, head_dim, [&](int r) -> T* {
     // Where sequences overlap, against the rules, a state may be anything: write nowhere else.
-    const RowState row = states[warp_row + r];
+    const BackwardRow row = states[warp_row + r];
     const bool inside = warp_row + r < rows && row.row >= 0 && row.row < p.total_q * p.heads;
     return inside ? static_cast<T*>(bwd.grad_query) + row.row * p.head_dim : nullptr;
   });
 }
 
 template <typename T, int kDim>
-cudaError_t backward_queries(const AttentionBwdParams& bwd, const RowState* states,
+cudaError_t backward_queries(const AttentionBwdParams& bwd, const BackwardRow* states,
                              cudaStream_t stream) {
   using Traits = BackwardQueriesTraits<T, kDim>;
   const AttentionParams& p = bwd.forward;

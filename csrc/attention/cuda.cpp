@@ -27,6 +27,13 @@ class Cuda {
 
   void attention(const AttentionParams& p) const { launched(cuda::attention(p, stream())); }
 
+  void paged_attention(const AttentionParams& p) const {
+    constexpr int64_t kMaxHeads = 65535;  // of a grid's second dimension
+    check_.require(p.kv_heads <= kMaxHeads, "key_cache", "of at most 65535 KV heads", p.kv_heads);
+    const Tensor scratch = new_tensor(query_, {cuda::paged_scratch(p)}, ScalarType::Float);
+    launched(cuda::paged_attention(p, static_cast<float*>(scratch.mutable_data_ptr()), stream()));
+  }
+
   void attention_bwd(const AttentionBwdParams& p) const {
     const Tensor row_states =
         new_tensor(query_, {query_.size(0), query_.size(1), 4}, ScalarType::Float);
@@ -48,5 +55,6 @@ class Cuda {
 MOR_LIBRARY_IMPL_CUDA(m) {
   using Ops = mor::AttentionOps<mor::Cuda>;
   m.impl("attention", TORCH_BOX(&Ops::attention));
+  m.impl("paged_attention", TORCH_BOX(&Ops::paged_attention));
   m.impl("attention_bwd", TORCH_BOX(&Ops::attention_bwd));
 }

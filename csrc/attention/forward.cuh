@@ -1,12 +1,13 @@
-// Flash attention forward over packed sequences (FlashAttention-2, arXiv 2307.08691, algorithm 1).
+// Flash attention forward (FlashAttention-2, arXiv 2307.08691, algorithm 1), over packed sequences
+// and, where a lane has many rows, over a paged cache.
 //
 // A block takes one tile of rows of a (sequence, KV head) and walks the tiles of keys that its last
 // row sees; keys and values of the next tile are copied while this one is worked on, one barrier a
-// tile. A warp owns whole rows.
+// tile. A warp owns whole rows, and copies its share of the keys.
 #pragma once
 
+#include "attention/keys.cuh"
 #include "attention/launch.h"
-#include "attention/sequence.cuh"
 #include "attention/softmax.cuh"
 
 namespace mor::cuda {
@@ -31,16 +32,19 @@ struct ForwardTraits {
   static_assert(kSharedBytes <= 99 << 10);
 };
 
-// Grid: (tiles of rows of all sequences, KV heads); tiles past the last one do nothing.
-template <typename T, int kDim>
+// Keys: PackedKeys or PagedKeys. Grid: (tiles of rows of all sequences, KV heads); tiles past the
+// last one do nothing.
+template <typename T, int kDim, typename Keys>
 __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
     attention_forward(const __grid_constant__ AttentionParams p) {
   using Traits = ForwardTraits<T, kDim>;
   constexpr int kRowTiles = Traits::kRowTiles, kKeys = Traits::kKeys;
+  constexpr int kShare = kKeys / Traits::kWarps;  // of a tile of keys, a warp's
   const auto group = static_cast<int32_t>(p.heads / p.kv_heads);
   int64_t tile = block_index().x;
   const auto tiles_of = [&](int64_t b) {
-    return ceil_div(int64_t{length_at(p.cu_seqlens_q, b, p.total_q)} * group, Traits::kRows);
+    const int64_t rows = int64_t{length_at(p.cu_seqlens_q, b, p.total_q)} * group;
+    return ceil_div(Keys::forward_rows(rows, group), Traits::kRows);
   };
   const int64_t b = find_sequence(p.batch, tile, tiles_of);
   if (b < 0) {
@@ -60,30 +64,30 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
     table.fill(p, seq, row0, i);
   }
   const auto head_dim = static_cast<int>(p.head_dim);
-  const PackedRows<T> key_rows(p.kv.key, seq), value_rows(p.kv.value, seq);
-  const auto load_keys = [&](int32_t key0, int first) {
-    load_tile<kKeys, Traits::kThreads>(key, first, keys - key0, head_dim,
-                                       [&](int j) { return key_rows(key0 + j); });
-    load_tile<kKeys, Traits::kThreads>(value, first, keys - key0, head_dim,
-                                       [&](int j) { return value_rows(key0 + j); });
+  const int warp = thread_index() / kWarpSize;
+  const Keys source(p, seq, keys);
+  const auto load_share = [&](int32_t key0, int first, typename Keys::Place place) {
+    source.template load<kShare>(key, value, first + warp * kShare, key0 + warp * kShare, place);
   };
-
+  auto place = source.find(warp * kShare);
   load_tile<Traits::kRows, Traits::kThreads>(
       query, 0, rows, head_dim, [&](int r) { return seq.row_of<T>(p.query, row0 + r); });
-  load_keys(0, 0);
+  if (keys > 0) {
+    load_share(0, 0, place);
+  }
   copy_async_commit();
+  place = source.find(kKeys + warp * kShare);
 
-  const int warp_row = thread_index() / kWarpSize * Traits::kWarpRows;
+  const int warp_row = warp * Traits::kWarpRows;
   const ScoreScale scale(p.softmax_scale);
   Softmax<kRowTiles> softmax;
   float out[kRowTiles][kDim / 8][4] = {};
-  int stage = 0;
-  for (int32_t key0 = 0; key0 < keys; key0 += kKeys, stage = 1 - stage) {
-    const int first = stage * kKeys;  // row of the tiles where the current keys and values begin
+  for (int32_t key0 = 0; key0 < keys; key0 += kKeys) {
+    const int first = key0 & kKeys;  // row of the tiles of keys and values where these begin
     copy_async_wait<0>();
     sync_threads();  // these keys are there, and nobody reads those that are overwritten next
     if (key0 + kKeys < keys) {
-      load_keys(key0 + kKeys, (1 - stage) * kKeys);
+      load_share(key0 + kKeys, first ^ kKeys, place);
       copy_async_commit();
     }
     float scores[kRowTiles][kKeys / 8][4];
@@ -95,6 +99,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
       });
     }
     softmax.update(scores, out, scale.factor);
+    place = source.find(key0 + 2 * kKeys + warp * kShare);  // while the product runs
     multiply_accumulators(out, scores, value, first);
   }
   copy_async_wait<0>();
@@ -104,10 +109,11 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
   for_each_row<kRowTiles>([&](int i, int half) {
     const RowInfo row = table[warp_row + accumulator_row(i, 2 * half)];
     if (row.token >= 0 && lane_index() % 4 == 0) {
-      static_cast<float*>(p.lse)[row.head * p.total_q + row.token] = softmax.lse(i, half);
+      static_cast<float*>(p.lse)[row.head * p.total_q + row.token] = softmax.state(i, half).lse();
     }
   });
-  stage_rows(query, warp_row, out, [&](int i, int half) { return softmax.inverse_sum(i, half); });
+  stage_rows(query, warp_row, out,
+             [&](int i, int half) { return softmax.state(i, half).inverse_sum(); });
   store_rows(query, warp_row, Traits::kWarpRows, head_dim, [&](int r) -> T* {
     const RowInfo row = table[warp_row + r];
     T* target = static_cast<T*>(p.out) + (row.token * p.heads + row.head) * p.head_dim;
@@ -115,24 +121,31 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
   });
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, typename Keys>
 cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
   using Traits = ForwardTraits<T, kDim>;
   const int64_t rows = p.total_q * (p.heads / p.kv_heads);
   const int64_t tiles = rows / Traits::kRows + (p.batch < rows ? p.batch : rows);
-  return launch("attention_forward", attention_forward<T, kDim>,
+  return launch("attention_forward", attention_forward<T, kDim, Keys>,
                 {{static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.kv_heads), 1},
                  Traits::kThreads,
                  Traits::kSharedBytes},
                 stream, p);
 }
 
+// Calls f.template operator()<kDim>() with the smallest padded head_dim that there are kernels for.
+template <typename F>
+cudaError_t dispatch_head_dim(int64_t head_dim, F&& f) {
+  if (head_dim <= 64) {
+    return f.template operator()<64>();
+  }
+  return head_dim <= 128 ? f.template operator()<128>() : f.template operator()<256>();
+}
+
 template <typename T>
 cudaError_t attention_of(const AttentionParams& p, cudaStream_t stream) {
-  if (p.head_dim <= 64) {
-    return launch_forward<T, 64>(p, stream);
-  }
-  return p.head_dim <= 128 ? launch_forward<T, 128>(p, stream) : launch_forward<T, 256>(p, stream);
+  return dispatch_head_dim(
+      p.head_dim, [&]<int kDim>() { return launch_forward<T, kDim, PackedKeys>(p, stream); });
 }
 
 }  // namespace mor::cuda

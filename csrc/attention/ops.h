@@ -87,6 +87,7 @@ struct AttentionOps {
     Indices indices;
     AttentionParams p = query_params(q, key_cache.size(2), indices(cu_seqlens_q),
                                      cu_seqlens_q.numel() - 1, indices(key_limit), softmax_scale);
+    p.max_seqlen_q = max_seqlen_q;
     p.kv.key = head_rows(k);
     p.kv.value = head_rows(v);
     p.kv.seqlens = indices(cache_seqlens);

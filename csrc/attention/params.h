@@ -30,6 +30,7 @@ struct AttentionParams {
   void* out;                    // [total_q, heads, head_dim], contiguous
   void* lse;                    // [heads, total_q], accumulate type
   int64_t batch, total_q, heads, kv_heads, head_dim;
+  int64_t max_seqlen_q;  // paged only; bounds work, not memory: it may be wrong
   double softmax_scale;
   DType dtype;
 };

@@ -21,11 +21,12 @@ __device__ inline int32_t length_at(const int32_t* cu_seqlens, int64_t b, int64_
   return length < 0 ? 0 : length;
 }
 
-// Tile `tile` of all tiles of kTileSize items, tiles(b) of them in sequence b: finds its sequence
-// and its number there. All lanes of a warp call it together. Returns -1 if there are not so many.
+// Tile `tile` of all tiles, tiles(b) of them in sequence b, from sequence `first` on: finds its
+// sequence and its number there. All lanes of a warp call it together. Returns -1 if there are not
+// so many.
 template <typename Tiles>
-__device__ int64_t find_sequence(int64_t batch, int64_t& tile, Tiles&& tiles) {
-  for (int64_t b0 = 0; b0 < batch; b0 += kWarpSize) {
+__device__ int64_t find_sequence(int64_t batch, int64_t& tile, Tiles&& tiles, int64_t first = 0) {
+  for (int64_t b0 = first; b0 < batch; b0 += kWarpSize) {
     const int64_t b = b0 + lane_index();
     const int64_t own = b < batch ? tiles(b) : 0;
     const int64_t end = warp_inclusive_scan(own);
@@ -48,7 +49,7 @@ struct Sequence {
       : batch_index(b),
         first_token(offset_at(p.cu_seqlens_q, b, p.total_q)),
         tokens(length_at(p.cu_seqlens_q, b, p.total_q)),
-        group(static_cast<int32_t>(p.heads / p.kv_heads)),
+        group(static_cast<int32_t>(p.heads) / static_cast<int32_t>(p.kv_heads)),
         kv_head(head) {
     if (p.kv.cu_seqlens != nullptr) {
       first_key = offset_at(p.kv.cu_seqlens, b, p.kv.total_keys);
@@ -89,10 +90,12 @@ struct Sequence {
   }
 
   // A row of a tensor [total_q, heads, head_dim].
+  __device__ int64_t offset_of(const HeadRows& tensor, int32_t row) const {
+    return token(row) * tensor.row_stride + head(row) * tensor.head_stride;
+  }
   template <typename T>
   __device__ const T* row_of(const HeadRows& tensor, int32_t row) const {
-    return static_cast<const T*>(tensor.data) + token(row) * tensor.row_stride +
-           head(row) * tensor.head_stride;
+    return static_cast<const T*>(tensor.data) + offset_of(tensor, row);
   }
 };
 

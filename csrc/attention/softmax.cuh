@@ -70,6 +70,29 @@ __device__ void mask_scores(float (&scores)[kRowTiles][kColumnTiles][4], int32_t
   });
 }
 
+// What is known of a row after some of its keys.
+struct RowState {
+  float maximum;  // of the exponents; -inf: none was seen
+  float sum;      // of the weights, relative to the maximum
+
+  // What summed up values are multiplied by: a row that saw nothing gives 0.
+  __device__ float inverse_sum() const { return sum == 0 ? 0.0f : 1.0f / sum; }
+
+  // The natural logarithm of the denominator, in double: an error here would scale every weight
+  // that the backward pass recomputes.
+  __device__ float lse() const {
+    constexpr double kLn2 = 0.6931471805599453;
+    const double log2_sum = double{maximum} + double{log2f(sum)};
+    return sum == 0 ? -kInfinity : static_cast<float>(log2_sum * kLn2);
+  }
+
+  // What weights are multiplied by to be relative to a maximum of several states.
+  __device__ float rescale(float top) const { return fast_exp2(maximum - finite(top)); }
+
+  // What weights are relative to where nothing was seen yet: any number will do.
+  __device__ static float finite(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
+};
+
 template <int kRowTiles>
 struct Softmax {
   float maximum[kRowTiles][2];  // of the exponents so far; -inf: none was seen
@@ -96,7 +119,7 @@ struct Softmax {
       top = fmaxf(top, shuffle_xor(top, 2));
       const float highest = fmaxf(maximum[i][half], top * factor);
       if (any_lane(highest != maximum[i][half])) {  // rare after the first tiles
-        const float keep = fast_exp2(maximum[i][half] - finite(highest));
+        const float keep = state(i, half).rescale(highest);
         sum[i][half] *= keep;
 #pragma unroll
         for (int j = 0; j < kOutTiles; ++j) {
@@ -105,7 +128,7 @@ struct Softmax {
         }
         maximum[i][half] = highest;
       }
-      const float shift = finite(highest);
+      const float shift = RowState::finite(highest);
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
@@ -126,22 +149,7 @@ struct Softmax {
     });
   }
 
-  // What the summed up values are multiplied by: a row that saw nothing gives 0.
-  __device__ float inverse_sum(int i, int half) const {
-    return sum[i][half] == 0 ? 0.0f : 1.0f / sum[i][half];
-  }
-
-  // The natural logarithm of the denominator, in double: an error here would scale every weight
-  // that the backward pass recomputes.
-  __device__ float lse(int i, int half) const {
-    constexpr double kLn2 = 0.6931471805599453;
-    const double log2_sum = double{maximum[i][half]} + double{log2f(sum[i][half])};
-    return sum[i][half] == 0 ? -kInfinity : static_cast<float>(log2_sum * kLn2);
-  }
-
- private:
-  // What weights are relative to where nothing was seen yet: any number will do.
-  __device__ static float finite(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
+  __device__ RowState state(int i, int half) const { return {maximum[i][half], sum[i][half]}; }
 };
 
 }  // namespace mor::cuda

@@ -118,7 +118,7 @@ __device__ inline void add(float (&c)[4], const float (&product)[4]) {
 // As A: rows [row, row + 16).
 template <typename T, int kRows, int kDim>
 __device__ int a_offset(const Tile<T, kRows, kDim>& tile, int row) {
-  return tile.offset(row + lane_index() % 16, lane_index() / 16);
+  return row * kDim + tile.offset(lane_index() % 16, lane_index() / 16);
 }
 
 template <typename T, int kRows, int kDim>
@@ -137,7 +137,7 @@ __device__ OperandA<T> load_a(const Tile<T, kRows, kDim>& tile, int offset, int 
 template <typename T, int kRows, int kDim>
 __device__ int b_offset(const Tile<T, kRows, kDim>& tile, int row) {
   const int lane = lane_index();
-  return tile.offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  return row * kDim + tile.offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
 template <typename T, int kRows, int kDim>
@@ -175,8 +175,8 @@ __device__ void multiply_rows(float (&c)[kRowTiles][kColumnTiles][4],
     }
   }
   constexpr int kSteps = Tile<T, kRowsA, kDim>::kChunks / 2;
-  [[maybe_unused]] constexpr int kUnroll =
-      std::is_same_v<T, float> ? 2 : kSteps;  // registers are scarce
+  // Not all: fragments would be read so far ahead that registers spill.
+  [[maybe_unused]] constexpr int kUnroll = std::is_same_v<T, float> ? 2 : 4;
   const int offset_a = a_offset(a, a_row), offset_b = b_offset(b, b_row);
 #pragma unroll(kUnroll)
   for (int step = 0; step < kSteps; ++step) {
@@ -275,8 +275,9 @@ __device__ OperandA<T> accumulators_as_a(const float (&c)[kColumnTiles][4], int 
 template <typename T, int kRows, int kDim>
 __device__ int b_transposed_offset(const Tile<T, kRows, kDim>& tile, int row) {
   const int lane = lane_index();
-  return std::is_same_v<T, float> ? tile.offset(row + lane % 4 * 2, lane / 16) + lane / 4 % 4
-                                  : tile.offset(row + lane % 16, lane / 16);
+  return row * kDim +
+         (std::is_same_v<T, float> ? tile.offset(lane % 4 * 2, lane / 16) + lane / 4 % 4
+                                   : tile.offset(lane % 16, lane / 16));
 }
 
 template <typename T, int kRows, int kDim>

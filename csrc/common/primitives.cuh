@@ -41,7 +41,7 @@ inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
 #if defined(MOR_SIMT)
 using simt::Shared;
-using Site = std::source_location;  // where a primitive is called, for messages
+using simt::Site;  // where a primitive is called, for messages
 #else
 struct Site {
   MOR_PRIMITIVE static constexpr Site current() { return {}; }
@@ -106,7 +106,7 @@ MOR_PRIMITIVE Index3 grid_size() {
 }
 
 MOR_PRIMITIVE int lane_index() {
-  return thread_index() % kWarpSize;
+  return static_cast<int>(static_cast<uint32_t>(thread_index()) % kWarpSize);
 }
 
 // ---- shared memory ----
@@ -117,12 +117,12 @@ MOR_PRIMITIVE int lane_index() {
 class SharedArena {
  public:
   template <typename T, int kAlign = 16>
-  MOR_PRIMITIVE Shared<T> take(int64_t count) {
+  MOR_PRIMITIVE Shared<T> take(int64_t count, Site site = Site::current()) {
     offset_ = (offset_ + kAlign - 1) / kAlign * kAlign;
     const int64_t begin = offset_;
     offset_ += count * static_cast<int64_t>(sizeof(T));
 #if defined(MOR_SIMT)
-    return simt::shared_memory<T>(begin, count);
+    return simt::shared_memory<T>(begin, count, site);
 #else
     extern __shared__ __align__(128) unsigned char mor_shared_memory[];
     return Shared<T>(reinterpret_cast<T*>(mor_shared_memory + begin));
@@ -258,25 +258,25 @@ MOR_PRIMITIVE uint32_t match_any(uint32_t value, uint32_t mask = kAllLanes,
 
 // f over all lanes, in every lane; f is associative and commutative.
 template <typename T, typename F>
-MOR_PRIMITIVE T warp_reduce(T value, F&& f) {
+MOR_PRIMITIVE T warp_reduce(T value, F&& f, Site site = Site::current()) {
 #pragma unroll
   for (int bits = kWarpSize / 2; bits > 0; bits /= 2) {
-    value = f(value, shuffle_xor(value, bits));
+    value = f(value, shuffle_xor(value, bits, kAllLanes, site));
   }
   return value;
 }
 
 template <typename T>
-MOR_PRIMITIVE T warp_sum(T value) {
-  return warp_reduce(value, [](T a, T b) { return a + b; });
+MOR_PRIMITIVE T warp_sum(T value, Site site = Site::current()) {
+  return warp_reduce(value, [](T a, T b) { return a + b; }, site);
 }
 
 // The sum over this lane and those below it.
 template <typename T>
-MOR_PRIMITIVE T warp_inclusive_scan(T value) {
+MOR_PRIMITIVE T warp_inclusive_scan(T value, Site site = Site::current()) {
 #pragma unroll
   for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const T below = shuffle_up(value, delta);
+    const T below = shuffle_up(value, delta, kAllLanes, site);
     value += lane_index() >= delta ? below : T{0};
   }
   return value;
@@ -322,9 +322,9 @@ MOR_PRIMITIVE T atomic_add(T* global, T value) {
 }
 
 template <typename T>
-MOR_PRIMITIVE T atomic_add(Shared<T> shared, T value) {
+MOR_PRIMITIVE T atomic_add(Shared<T> shared, T value, Site site = Site::current()) {
 #if defined(MOR_SIMT)
-  return shared.atomic_update([=](T old) { return old + value; });
+  return shared.atomic_update([=](T old) { return old + value; }, site);
 #else
   return atomicAdd(shared.get(), value);
 #endif
@@ -466,9 +466,10 @@ MOR_PRIMITIVE float fast_exp2(float x) {
 // Starts a copy of 16 bytes; fills with zeros, and does not read, where valid is false. Both
 // addresses are multiples of 16 bytes.
 template <typename T>
-MOR_PRIMITIVE void copy_async(Shared<T> to, const T* from, bool valid = true) {
+MOR_PRIMITIVE void copy_async(Shared<T> to, const T* from, bool valid = true,
+                              Site site = Site::current()) {
 #if defined(MOR_SIMT)
-  simt::copy_async(to.address(16), from, valid ? 16 : 0, 16);
+  simt::copy_async(to.checked(16, 16, site), from, valid, site);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to.get()));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
@@ -510,7 +511,7 @@ template <typename T>
 MOR_PRIMITIVE void load_matrix_x4(uint32_t (&fragment)[4], Shared<T> row,
                                   Site site = Site::current()) {
 #if defined(MOR_SIMT)
-  simt::load_matrix_x4(fragment, row.address(16), /*transposed=*/false, site);
+  simt::load_matrix_x4(fragment, row.checked(16, 16, site), /*transposed=*/false, site);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.get()));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -525,7 +526,7 @@ template <typename T>
 MOR_PRIMITIVE void load_matrix_x4_transposed(uint32_t (&fragment)[4], Shared<T> row,
                                              Site site = Site::current()) {
 #if defined(MOR_SIMT)
-  simt::load_matrix_x4(fragment, row.address(16), /*transposed=*/true, site);
+  simt::load_matrix_x4(fragment, row.checked(16, 16, site), /*transposed=*/true, site);
 #else
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row.get()));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -543,14 +544,12 @@ MOR_PRIMITIVE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint
   simt::mma_16x8x16(c, a, b, std::is_same_v<T, bfloat16>, site);
 #else
   if constexpr (std::is_same_v<T, bfloat16>) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -564,8 +563,7 @@ MOR_PRIMITIVE void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const 
 #if defined(MOR_SIMT)
   simt::mma_16x8x8_tf32(c, a, b, site);
 #else
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -61,9 +61,9 @@ void gather_tokens_bwd_of(const GatherTokensBwdParams& p) {
   using A = accumulate_t<T>;
   const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
   const auto* grad = static_cast<const T*>(p.grad);
-  const auto [first, next] = p.inverse;
-  const RowWriter writer(p.num_rows * row_bytes);
-  parallel_for(p.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
+  const int32_t *first = p.inverse.first, *next = p.inverse.next;
+  const RowWriter writer(p.inverse.num_rows * row_bytes);
+  parallel_for(p.inverse.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* out = static_cast<T*>(p.grad_x) + row * p.row_size;
       const int32_t entry = first[row];
@@ -88,12 +88,12 @@ void gather_tokens_bwd_of(const GatherTokensBwdParams& p) {
 template <typename T>
 void scatter_tokens_of(const ScatterTokensParams& p) {
   const int64_t row_bytes = p.row_size * static_cast<int64_t>(sizeof(T));
-  const RowWriter writer(p.num_rows * row_bytes);
-  parallel_for(p.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
+  const RowWriter writer(p.inverse.num_rows * row_bytes);
+  parallel_for(p.inverse.num_rows, row_grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       T* out = static_cast<T*>(p.out) + row * p.row_size;
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-      const int32_t entry = p.source[row];
+      const int32_t entry = p.inverse.first[row];
       if (entry < 0) {
         writer.copy(out, x, p.row_size);
         continue;

@@ -111,7 +111,7 @@ struct RmsNorm {
 
   static void backward_row(const GatherRmsNormBwdParams& p, int64_t row, A* grad_weight, A* sum) {
     T* out = static_cast<T*>(p.grad_x) + row * p.row_size;
-    const auto [first, next] = p.inverse;
+    const int32_t *first = p.inverse.first, *next = p.inverse.next;
     const int32_t entry = first[row];
     if (entry < 0) {
       std::memset(out, 0, static_cast<size_t>(p.row_size) * sizeof(T));
@@ -137,8 +137,8 @@ struct RmsNorm {
     parallel_tasks(p.blocks, [&](int64_t block, int64_t) {
       A* grad_weight = scratch + block * 2 * p.row_size;
       std::fill_n(grad_weight, p.row_size, A{0});
-      const int64_t end = (block + 1) * p.num_rows / p.blocks;
-      for (int64_t row = block * p.num_rows / p.blocks; row < end; ++row) {
+      const int64_t end = (block + 1) * p.inverse.num_rows / p.blocks;
+      for (int64_t row = block * p.inverse.num_rows / p.blocks; row < end; ++row) {
         backward_row(p, row, grad_weight, grad_weight + p.row_size);
       }
     });

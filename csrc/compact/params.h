@@ -11,28 +11,31 @@ struct CompactDepthParams {
   int32_t* index;             // [recursions, rows]
   int32_t* cu_seqlens_out;    // [recursions, batch + 1]
   int64_t rows, batch, recursions;
+  void* scratch = nullptr;  // CUDA: cuda::compact_depth_scratch_bytes
 };
 
 struct GatherTokensParams {
   const void* x;         // [num_rows, row_size], rows row_stride elements apart
   const int32_t* index;  // [count], -1 gives a zero row
   void* out;             // [count, row_size]
-  int64_t count, row_size, row_stride;
+  int64_t num_rows, count, row_size, row_stride;
   int64_t element_bytes;
 };
 
 // The entries of an index by the row that they name: first[row], then next[entry], until -1.
-// Entries of a row come in ascending order.
+// Entries of a row come in ascending order. The caller gives the memory, the device fills it.
 struct InverseIndex {
-  const int32_t* first;  // [num_rows]
-  const int32_t* next;   // [count]
+  const int32_t* index;  // [count], -1 names no row
+  int32_t* first;        // [num_rows + 1]; the last is the CUDA kernels' own, see has_repeats
+  int32_t* next;         // [count]
+  int64_t num_rows, count;
 };
 
 struct GatherTokensBwdParams {
   const void* grad;  // [count, row_size], rows grad_stride elements apart
   InverseIndex inverse;
   void* grad_x;  // [num_rows, row_size]
-  int64_t num_rows, row_size, grad_stride;
+  int64_t row_size, grad_stride;
   DType dtype;
 };
 
@@ -46,9 +49,9 @@ struct ScatterTokensParams {
   const void* x;       // [num_rows, row_size], rows x_stride elements apart
   const void* update;  // [count, row_size], rows update_stride elements apart
   Gate gate;
-  const int32_t* source;  // [num_rows], the entry that updates a row, or -1
-  void* out;              // [num_rows, row_size]
-  int64_t num_rows, row_size, x_stride, update_stride;
+  InverseIndex inverse;  // of unique entries; on CUDA as cuda::map_sources leaves it
+  void* out;             // [num_rows, row_size]
+  int64_t row_size, x_stride, update_stride;
   DType dtype;
 };
 
@@ -57,7 +60,7 @@ struct ScatterTokensInplaceParams {
   const void* update;  // [count, row_size], rows update_stride elements apart
   Gate gate;
   const int32_t* index;  // [count], unique, -1 is skipped
-  int64_t count, row_size, x_stride, update_stride;
+  int64_t num_rows, count, row_size, x_stride, update_stride;
   DType dtype;
 };
 
@@ -68,7 +71,7 @@ struct ScatterTokensBwdParams {
   const int32_t* index;  // [count], -1 gets zero gradients
   void* grad_update;     // [count, row_size]
   void* grad_gate;       // [count] of the gate's dtype, written if there is an update
-  int64_t count, row_size, grad_stride, update_stride;
+  int64_t num_rows, count, row_size, grad_stride, update_stride;
   DType dtype;
 };
 
@@ -79,7 +82,7 @@ struct GatherRmsNormParams {
   void* rows;            // [count, row_size]
   void* normed;          // [count, row_size]
   void* rstd;            // [count] of the accumulate type
-  int64_t count, row_size, x_stride;
+  int64_t num_rows, count, row_size, x_stride;
   double eps;
   DType dtype, weight_dtype;
 };
@@ -94,7 +97,7 @@ struct GatherRmsNormBwdParams {
   void* scratch;      // [blocks, 2, row_size] of the accumulate type
   void* grad_x;       // [num_rows, row_size]
   void* grad_weight;  // [row_size]
-  int64_t num_rows, row_size, blocks;
+  int64_t row_size, blocks;
   DType dtype, weight_dtype;
 };
 

@@ -14,7 +14,7 @@ struct Heads {
 // cos and sin are of the accumulate type: [max_positions, head_dim / 2] with dense rows.
 struct RotaryTable {
   const void *cos, *sin;
-  int64_t cos_stride, sin_stride;
+  int64_t cos_stride, sin_stride, max_positions;
   const int32_t* positions;  // [tokens], in [0, max_positions)
 };
 
@@ -29,7 +29,7 @@ struct Lanes {
   const int32_t* block_table;    // [lanes, max_blocks]
   const int32_t* cache_seqlens;  // [lanes]
   const int32_t* cu_seqlens;     // [lanes + 1]
-  int64_t max_blocks, block_size;
+  int64_t lanes, max_blocks, block_size, num_blocks;
 };
 
 struct RotaryParams {

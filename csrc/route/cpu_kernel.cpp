@@ -111,7 +111,7 @@ template <typename T>
 void route_topk_of(const RouteTopkParams& p) {
   using Key = typename ScoreBits<T>::Key;
   const auto* bits = static_cast<const Key*>(p.scores);
-  auto* all_keys = static_cast<Key*>(p.keys);
+  auto* all_keys = static_cast<Key*>(p.scratch);
   const int64_t grain = 1 + 16384 / (p.rows / std::max<int64_t>(p.batch, 1) + 1);
   parallel_for(p.batch, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {

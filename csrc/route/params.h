@@ -9,9 +9,10 @@ struct RouteTopkParams {
   const void* scores;             // [rows]
   const int32_t* cu_seqlens;      // [batch + 1]
   const int32_t* cu_seqlens_out;  // [batch + 1]
-  void* keys;                     // [rows], scratch of the size of scores
-  int32_t* index;                 // [cu_seqlens_out[batch]]
-  int64_t rows, batch;
+  void* scratch;                  // CPU: of the size of scores; CUDA: route_topk_scratch_bytes()
+  int32_t* index;                 // [total_out]
+  int64_t rows, batch, total_out;
+  int64_t max_seqlen;  // at most rows
   DType dtype;
 };
 

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <memory>
-#include <source_location>
 #include <string>
 #include <vector>
 
@@ -14,58 +12,90 @@
 
 namespace mor::simt {
 
-// What a waiting thread waits for.
+// What a thread has come to.
 struct Wait {
-  const char* name = nullptr;  // of the primitive; null: it does not wait
-  std::source_location site;
+  const char* name = nullptr;  // of the primitive
+  Site site;
   uint32_t mask = 0;        // of a warp primitive
   void* operand = nullptr;  // of a warp primitive
 };
 
+// Masks of lanes, and what each lane waits for if it is in none of them.
+struct Warp {
+  uint32_t lanes = 0;  // that the block has
+  uint32_t ready = 0, joining = 0, yielded = 0, returned = 0;
+  Wait waits[kWarp];
+};
+
+inline constexpr int kCopyBytes = 16;
+
 struct Copy {
   char* to;
-  const char* from;
-  int64_t bytes, valid_bytes, group;
+  int64_t group;
+  char data[kCopyBytes] = {};
 };
 
 struct Thread {
   Fiber fiber;
-  bool done = false;
-  Wait wait;
-  std::deque<Copy> copies;  // that are under way, oldest first
-  int64_t group = 0;        // of the next copy
+  std::vector<Copy> copies;  // asynchronous, oldest first
+  size_t arrived = 0;        // of these copies
+  int64_t group = 0;         // of the next copy
 };
 
 struct NamedBarrier {
   int threads = 0;
-  std::vector<int> arrived;  // threads, those that wait and those that do not
+  uint32_t arrived = 0, waiting = 0;  // warps
+  Clock clock = {};
 };
 
-constexpr int kNamedBarriers = 16;
+inline constexpr int kNamedBarriers = 16;
+
+// A piece of shared memory that the kernel has taken.
+struct SharedArray {
+  int64_t begin, count, element_bytes;
+  bool operator==(const SharedArray&) const = default;
+};
+
+inline constexpr int kMaxBlock = 1024;
 
 struct Block {
   Launch launch;
-  Dim index;
   void (*body)(void*) = nullptr;
   void* context = nullptr;
-  std::deque<Thread> threads;  // as many as the largest block so far
-  int running = -1;
-  int arrived = 0;  // at the block's barrier
-  bool progress = false;
+
+  Fiber scheduler;
+  std::unique_ptr<Thread[]> threads{new Thread[kMaxBlock]};
+  std::vector<Warp> warps;
+  int alive = 0;      // threads
+  int idle = 0;       // rounds since a thread returned or passed a barrier
+  int arrived = 0;    // threads at the block's barrier
+  Site barrier_site;  // of the first of them
   NamedBarrier named[kNamedBarriers];
-  std::unique_ptr<char[]> memory;
-  char* shared = nullptr;  // 128-byte aligned, in memory
-  int64_t shared_capacity = 0;
+
+  std::vector<char> memory;
+  char* shared = nullptr;  // aligned, in memory
+  std::vector<SharedArray> arrays;
   RaceDetector races;
+
   std::string error;
 };
 
 // The block that this OS thread runs.
-Block& current_block();
+extern constinit thread_local Block* current;
 
-inline Thread& current_thread() {
-  Block& block = current_block();
-  return block.threads[static_cast<size_t>(block.running)];
+inline Thread& thread_of(int index) {
+  return current->threads[static_cast<size_t>(index)];
+}
+
+// The running thread's copies of groups before this one arrive.
+void arrive_copies(int64_t group);
+
+inline Warp& running_warp() {
+  return current->warps[static_cast<size_t>(position.thread / kWarp)];
+}
+
+inline uint32_t running_lane() {
+  return 1u << position.thread % kWarp;
 }
 
 }  // namespace mor::simt

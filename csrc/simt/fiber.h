@@ -5,29 +5,35 @@
 
 namespace mor::simt {
 
+// Before its first start: the stack that the caller runs on.
 class Fiber {
  public:
-  Fiber();
+  Fiber() = default;
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // The next resume() calls entry(argument) from its start; entry must not return but leave() for
-  // the last time. A fiber that was left in the middle of a call may be started anew.
-  void start(void (*entry)(void*), void* argument);
+  // The next switch to this fiber calls entry(), which must not return. A fiber that was left in
+  // the middle of a call may be started anew. Numbers that differ keep the stacks of fibers out of
+  // each other's cache lines.
+  void start(void (*entry)(), int number);
 
-  // Runs the fiber until it calls leave(); not from within a fiber.
-  void resume();
-
-  // Back to resume()'s caller; from within the fiber.
-  void leave();
+  // From this fiber, which runs, to another, until some fiber switches back.
+  void switch_to(Fiber& other);
 
  private:
-  struct Context;
-  static thread_local Context* starting;
+  static void arrive();
   static void run();
+  void unpoison();
 
-  Context* context_;
+  void* registers_ = nullptr;  // as they were when it was left, mostly on its stack
+  char* stack_ = nullptr;      // its lowest address
+  void (*entry_)() = nullptr;
+
+  // What AddressSanitizer wants to know.
+  void* fake_stack_ = nullptr;
+  const void* bottom_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace mor::simt

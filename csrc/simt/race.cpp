@@ -1,140 +1,179 @@
 #include "simt/race.h"
 
 #include <algorithm>
-#include <cstddef>
+#include <bit>
 
 namespace mor::simt {
 namespace {
 
 constexpr int kWarp = 32;
+constexpr uint32_t kMaxCount = 1 << 24;  // so that a block's barriers do not reach 1 << 26
 
-std::string description(const char* what, int thread, int64_t offset) {
-  return std::string(what) + " thread " + std::to_string(thread) + ", without a barrier between, " +
-         "at byte " + std::to_string(offset) + " of shared memory";
-}
+// By Access.
+constexpr const char* kNow[] = {"read of", "atomic update of", "write over"};
+constexpr const char* kBefore[] = {"read", "atomically updated", "wrote"};
 
 }  // namespace
 
-void RaceDetector::reset(int threads, int64_t shared_bytes) {
-  ++block_;
-  warps_ = (threads + kWarp - 1) / kWarp;
-  known_.assign(static_cast<size_t>(warps_) * warps_, 0);
-  for (int w = 0; w < warps_; ++w) {
-    tick(w);
+void RaceDetector::start_block(int threads, int64_t shared_bytes) {
+  const int warps = (threads + kWarp - 1) / kWarp;
+  const int64_t pieces = (shared_bytes + kPiece - 1) / kPiece;
+  if (warps == warps_ && pieces == pieces_ && *std::ranges::max_element(counts_) < kMaxCount) {
+    return block_barrier();  // this block comes after the one before
   }
-  const auto granules = static_cast<size_t>((shared_bytes + kGranule - 1) / kGranule);
-  if (granules_.size() < granules) {
-    granules_.resize(granules);
-  }
+  warps_ = warps;
+  pieces_ = pieces;
+  known_ = {};
+  counts_.fill(1);
+  writes_.assign(static_cast<size_t>(pieces), Write{});
+  reads_.latest.assign(static_cast<size_t>(warps * pieces), 0);
+  reads_.warps.assign(static_cast<size_t>(pieces), 0);
+  atomics_ = {};
 }
 
-void RaceDetector::tick(int warp) {
-  ++known_[static_cast<size_t>(warp) * warps_ + warp];
+void RaceDetector::arrive(int warp, Clock& barrier) {
+  for (int w = 0; w < kWarp; ++w) {
+    barrier[w] = std::max(barrier[w], known_[warp][w]);
+  }
+  barrier[warp] = counts_[warp]++;
 }
 
-void RaceDetector::barrier(const std::vector<int>& arriving, const std::vector<int>& waiting) {
-  std::vector<uint32_t> joined(static_cast<size_t>(warps_), 0);
-  std::vector<bool> warp_arrives(static_cast<size_t>(warps_), false);
-  for (const int thread : arriving) {
-    warp_arrives[static_cast<size_t>(thread / kWarp)] = true;
-  }
-  for (int w = 0; w < warps_; ++w) {
-    for (int other = 0; warp_arrives[w] && other < warps_; ++other) {
-      joined[other] = std::max(joined[other], known_[static_cast<size_t>(w) * warps_ + other]);
-    }
-  }
-  for (const int thread : waiting) {
-    std::copy(joined.begin(), joined.end(),
-              known_.begin() + static_cast<ptrdiff_t>(thread / kWarp) * warps_);
-  }
-  for (int w = 0; w < warps_; ++w) {
-    if (warp_arrives[w]) {
-      tick(w);
-    }
+void RaceDetector::pass(int warp, const Clock& barrier) {
+  for (int w = 0; w < kWarp; ++w) {
+    known_[warp][w] = std::max(known_[warp][w], barrier[w]);
   }
 }
 
 void RaceDetector::block_barrier() {
-  std::vector<int> one_of_each_warp;
   for (int w = 0; w < warps_; ++w) {
-    one_of_each_warp.push_back(w * kWarp);
+    known_[w] = counts_;
   }
-  barrier(one_of_each_warp, one_of_each_warp);
+  for (int w = 0; w < warps_; ++w) {
+    ++counts_[w];
+  }
 }
 
-RaceDetector::Granule& RaceDetector::granule(int64_t i) {
-  Granule& record = granules_[static_cast<size_t>(i)];
-  if (record.block != block_) {
-    record = Granule{};
-    record.block = block_;
-  }
-  return record;
+bool RaceDetector::conflicts(Access now, const std::string& what, int64_t piece) {
+  conflict_ = {kNow[static_cast<int>(now)] + (" what " + what), piece * kPiece};
+  return false;
 }
 
-bool RaceDetector::ordered(const Event& event, int thread) const {
-  if (event.thread < 0 || event.thread == thread) {
+[[gnu::always_inline]] inline bool RaceDetector::after_writes(int thread, int64_t first,
+                                                              int64_t pieces, Access now) {
+  const Clock& known = known_[thread / kWarp];
+  const Write* writes = &writes_[first];
+  bool alike = true;  // mostly all pieces of an access were written at once
+  for (int64_t i = 1; i < pieces; ++i) {
+    alike &= writes[i] == writes[0];
+  }
+  for (int64_t i = 0; i < (alike ? 1 : pieces); ++i) {
+    const auto [count, writer, copying] = writes[i];
+    if (copying || (writer != thread && count > known[writer / kWarp])) [[unlikely]] {
+      return conflicts(now,
+                       (copying ? "the copy_async of thread " : "thread ") +
+                           std::to_string(writer) +
+                           (copying ? " has yet to write" : " wrote, with no barrier between"),
+                       first + i);
+    }
+  }
+  return true;
+}
+
+[[gnu::always_inline]] inline bool RaceDetector::after_marks(Access before, int thread,
+                                                             int64_t first, int64_t pieces,
+                                                             Access now) {
+  const Marks& marks = before == Access::kRead ? reads_ : atomics_;
+  if (marks.warps.empty()) {
     return true;
   }
-  const size_t own = static_cast<size_t>(thread / kWarp);
-  const size_t other = static_cast<size_t>(event.thread / kWarp);
-  const uint32_t known = known_[own * warps_ + other];
-  return own == other ? known > event.count : known >= event.count;
-}
-
-std::string RaceDetector::conflict(const Granule& record, int thread, Access kind,
-                                   int64_t offset) const {
-  if (record.copying >= 0) {
-    return "access to what a copy_async of thread " + std::to_string(record.copying) +
-           " has yet to write, at byte " + std::to_string(offset) + " of shared memory";
+  uint32_t warps = 0;
+  for (int64_t i = 0; i < pieces; ++i) {
+    warps |= marks.warps[first + i];
   }
-  const bool both_atomic = kind == Access::kAtomic && record.write.atomic;
-  if (!both_atomic && !ordered(record.write, thread)) {
-    return description(
-        kind == Access::kRead ? "read of what was written by" : "write over what was written by",
-        record.write.thread, offset);
-  }
-  for (const Event& read : record.reads) {
-    if (kind != Access::kRead && !ordered(read, thread)) {
-      return description("write over what is read by", read.thread, offset);
+  for (; warps != 0; warps &= warps - 1) {
+    const int w = std::countr_zero(warps);
+    const uint32_t first_unordered = (known_[thread / kWarp][w] + 1) << kLaneBits;
+    const uint32_t own_lane = w == thread / kWarp ? thread % kWarp : kNone;
+    const uint32_t* of_warp = &marks.latest[w * pieces_ + first];
+    const auto unordered = [&](int64_t i) {
+      return of_warp[i] >= first_unordered && of_warp[i] % (1 << kLaneBits) != own_lane;
+    };
+    bool any = false;
+    for (int64_t i = 0; i < pieces; ++i) {
+      any |= unordered(i);
+    }
+    for (int64_t i = 0; any; ++i) {
+      if (unordered(i)) {
+        const uint32_t lane = of_warp[i] % (1 << kLaneBits);
+        return conflicts(now,
+                         (lane == kSeveral ? "several threads of warp " + std::to_string(w)
+                                           : "thread " + std::to_string(w * kWarp + lane)) +
+                             " " + kBefore[static_cast<int>(before)] + ", with no barrier between",
+                         first + i);
+      }
     }
   }
-  return "";
+  return true;
 }
 
-std::string RaceDetector::access(int thread, int64_t begin, int64_t end, Access kind) {
-  const size_t own = static_cast<size_t>(thread / kWarp);
-  const Event event{thread, known_[own * warps_ + own], kind == Access::kAtomic};
-  for (int64_t i = begin / kGranule; i * kGranule < end; ++i) {
-    Granule& record = granule(i);
-    if (std::string wrong = conflict(record, thread, kind, i * kGranule); !wrong.empty()) {
-      return wrong;
+[[gnu::always_inline]] inline void RaceDetector::mark(Marks& marks, int thread, int64_t first,
+                                                      int64_t pieces) {
+  if (marks.warps.empty()) {
+    marks.latest.assign(static_cast<size_t>(warps_ * pieces_), 0);
+    marks.warps.assign(static_cast<size_t>(pieces_), 0);
+  }
+  const int warp = thread / kWarp;
+  const uint32_t lane = thread % kWarp, count = counts_[warp] << kLaneBits;
+  const uint32_t first_unordered = (known_[warp][warp] + 1) << kLaneBits;
+  uint32_t* of_warp = &marks.latest[warp * pieces_ + first];
+  for (int64_t i = 0; i < pieces; ++i) {
+    const bool several = of_warp[i] >= first_unordered && of_warp[i] % (1 << kLaneBits) != lane;
+    of_warp[i] = several ? count | kSeveral : count | lane;
+  }
+  for (int64_t i = 0; i < pieces; ++i) {
+    marks.warps[first + i] |= 1u << warp;
+  }
+}
+
+template <int kPieces>
+bool RaceDetector::access_pieces(int thread, int64_t first, int64_t pieces, Access now) {
+  pieces = kPieces > 0 ? kPieces : pieces;
+  if (!after_writes(thread, first, pieces, now) ||
+      (now != Access::kRead && !after_marks(Access::kRead, thread, first, pieces, now)) ||
+      (now != Access::kAtomic && !after_marks(Access::kAtomic, thread, first, pieces, now))) {
+    return false;
+  }
+  if (now == Access::kWrite) {
+    std::fill_n(&writes_[first], pieces,
+                Write{counts_[thread / kWarp], static_cast<int16_t>(thread)});
+    std::fill_n(&reads_.warps[first], pieces, 0);
+    if (!atomics_.warps.empty()) {
+      std::fill_n(&atomics_.warps[first], pieces, 0);
     }
-    if (kind != Access::kRead) {
-      record.write = event;
-    } else if (record.reads[0].thread == thread || ordered(record.reads[0], thread)) {
-      record.reads[0] = event;
-    } else {
-      record.reads[1] = event;
-    }
+  } else {
+    mark(now == Access::kRead ? reads_ : atomics_, thread, first, pieces);
   }
-  return "";
+  return true;
 }
 
-std::string RaceDetector::copy_starts(int thread, int64_t begin, int64_t end) {
-  std::string wrong = access(thread, begin, end, Access::kWrite);
-  for (int64_t i = begin / kGranule; wrong.empty() && i * kGranule < end; ++i) {
-    granule(i).copying = thread;
+bool RaceDetector::access(int thread, int64_t begin, int64_t end, Access now) {
+  const int64_t first = begin / kPiece, pieces = (end + kPiece - 1) / kPiece - first;
+  switch (pieces) {
+    case 1:
+      return access_pieces<1>(thread, first, pieces, now);
+    case 2:
+      return access_pieces<2>(thread, first, pieces, now);
+    case 8:
+      return access_pieces<8>(thread, first, pieces, now);
+    default:
+      return access_pieces<0>(thread, first, pieces, now);
   }
-  return wrong;
 }
 
-void RaceDetector::copy_arrives(int thread, int64_t begin, int64_t end) {
-  const size_t own = static_cast<size_t>(thread / kWarp);
-  for (int64_t i = begin / kGranule; i * kGranule < end; ++i) {
-    Granule& record = granule(i);
-    record.copying = -1;
-    record.write = {thread, known_[own * warps_ + own], false};
-  }
+void RaceDetector::copy(int thread, int64_t begin, int64_t end, bool arrived) {
+  const int64_t first = begin / kPiece, pieces = (end + kPiece - 1) / kPiece - first;
+  std::fill_n(&writes_[first], pieces,
+              Write{counts_[thread / kWarp], static_cast<int16_t>(thread), !arrived});
 }
 
 }  // namespace mor::simt

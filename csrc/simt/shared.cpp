@@ -1,80 +1,104 @@
 #include "simt/shared.h"
 
-#include <cstring>
+#include <algorithm>
 
 #include "simt/block.h"
 
 namespace mor::simt {
 namespace {
 
-void note(int thread, const void* at, int64_t bytes, Access kind) {
-  Block& block = current_block();
-  const int64_t begin = static_cast<const char*>(at) - block.shared;
-  if (std::string wrong = block.races.access(thread, begin, begin + bytes, kind); !wrong.empty()) {
-    fail(wrong);
+int64_t byte_of(const void* at) {
+  return static_cast<const char*>(at) - current->shared;
+}
+
+std::string text_of(int64_t byte) {
+  std::string text = "byte " + std::to_string(byte) + " of shared memory";
+  for (size_t i = 0; i < current->arrays.size(); ++i) {
+    const auto [begin, count, element_bytes] = current->arrays[i];
+    if (byte >= begin && byte < begin + count * element_bytes) {
+      text += ", element " + std::to_string((byte - begin) / element_bytes) + " of array " +
+              std::to_string(i);
+    }
   }
+  return text;
+}
+
+[[noreturn, gnu::noinline]] void fail_with_conflict(Site site, int thread) {
+  const auto& [what, byte] = current->races.conflict();
+  fail(what + ": " + text_of(byte), site, thread);
 }
 
 }  // namespace
 
-void read_shared(const void* from, int64_t bytes) {
-  note(thread_index(), from, bytes, Access::kRead);
-}
-
-void read_shared_as(int thread, const void* from, int64_t bytes) {
-  note(thread, from, bytes, Access::kRead);
-}
-
-void write_shared(void* to, int64_t bytes) {
-  note(thread_index(), to, bytes, Access::kWrite);
-}
-
-void update_shared(void* at, int64_t bytes) {
-  note(thread_index(), at, bytes, Access::kAtomic);
-}
-
-char* shared_bytes_at(int64_t begin, int64_t bytes) {
-  Block& block = current_block();
-  if (begin + bytes > block.launch.shared_bytes) {
-    fail("the kernel takes " + std::to_string(begin + bytes) +
-         " bytes of shared memory, launched with " + std::to_string(block.launch.shared_bytes));
+void touch_shared(const void* at, int64_t bytes, Access access, Site site, int thread) {
+  const int64_t begin = byte_of(at);
+  if (!current->races.access(thread, begin, begin + bytes, access)) [[unlikely]] {
+    fail_with_conflict(site, thread);
   }
-  return block.shared + begin;
 }
 
-void copy_async(void* to, const void* from, int64_t valid_bytes, int64_t bytes) {
-  Block& block = current_block();
-  Thread& thread = current_thread();
-  if (valid_bytes > 0 && reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(bytes) != 0) {
-    fail("copy_async from an address that is no multiple of " + std::to_string(bytes));
+char* take_shared(int64_t begin, int64_t count, int64_t element_bytes, Site site) {
+  const SharedArray array{begin, count, element_bytes};
+  if (const int64_t end = begin + count * element_bytes; end > current->launch.shared_bytes) {
+    fail("the kernel takes " + std::to_string(end) +
+             " bytes of shared memory and is launched with " +
+             std::to_string(current->launch.shared_bytes),
+         site);
   }
-  const int64_t begin = static_cast<char*>(to) - block.shared;
-  if (std::string wrong = block.races.copy_starts(block.running, begin, begin + bytes);
-      !wrong.empty()) {
-    fail(wrong);
+  if (std::ranges::find(current->arrays, array) == current->arrays.end()) {
+    current->arrays.push_back(array);
   }
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  thread.copies.push_back(
-      {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid_bytes, thread.group});
+  return current->shared + begin;
+}
+
+void out_of_range(int64_t index, int64_t count, int64_t element_bytes, Site site) {
+  fail("index " + std::to_string(index) + " of a shared array of " + std::to_string(count) +
+           " elements of " + std::to_string(element_bytes) + " bytes",
+       site);
+}
+
+void misaligned(const void* at, int64_t align, Site site) {
+  fail("an access that must be aligned to " + std::to_string(align) +
+           " bytes: " + text_of(byte_of(at)),
+       site);
+}
+
+void copy_async(void* to, const void* from, bool valid, Site site) {
+  if (valid && reinterpret_cast<uintptr_t>(from) % kCopyBytes != 0) {
+    fail("copy_async from an address that is no multiple of " + std::to_string(kCopyBytes), site);
+  }
+  const int64_t begin = byte_of(to);
+  touch_shared(to, kCopyBytes, Access::kWrite, site);
+  current->races.copy(position.thread, begin, begin + kCopyBytes, /*arrived=*/false);
+  std::memset(to, 0xff, kCopyBytes);
+  Thread& thread = thread_of(position.thread);
+  Copy& copy = thread.copies.emplace_back(Copy{static_cast<char*>(to), thread.group});
+  if (valid) {
+    std::memcpy(copy.data, from, kCopyBytes);
+  }
 }
 
 void copy_async_commit() {
-  ++current_thread().group;
+  ++thread_of(position.thread).group;
 }
 
 void copy_async_wait(int pending) {
-  Block& block = current_block();
-  Thread& thread = current_thread();
-  while (!thread.copies.empty() && thread.copies.front().group < thread.group - pending) {
-    const Copy& copy = thread.copies.front();
-    std::memset(copy.to, 0, static_cast<size_t>(copy.bytes));
-    if (copy.valid_bytes > 0) {
-      std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.valid_bytes));
+  arrive_copies(thread_of(position.thread).group - pending);
+}
+
+void arrive_copies(int64_t group) {
+  Thread& thread = thread_of(position.thread);
+  for (auto& copies = thread.copies; thread.arrived < copies.size(); ++thread.arrived) {
+    const Copy& copy = copies[thread.arrived];
+    if (copy.group >= group) {
+      return;
     }
-    const int64_t begin = copy.to - block.shared;
-    block.races.copy_arrives(block.running, begin, begin + copy.bytes);
-    thread.copies.pop_front();
+    std::memcpy(copy.to, copy.data, kCopyBytes);
+    const int64_t begin = byte_of(copy.to);
+    current->races.copy(position.thread, begin, begin + kCopyBytes, /*arrived=*/true);
   }
+  thread.copies.clear();
+  thread.arrived = 0;
 }
 
 }  // namespace mor::simt

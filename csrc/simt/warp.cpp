@@ -1,6 +1,5 @@
 #include "simt/warp.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,11 +9,17 @@
 namespace mor::simt {
 namespace {
 
-constexpr int kLanes = 32;
-
-float bfloat_to_float(uint16_t bits) {
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+template <typename F>
+void for_each_lane(uint32_t mask, F&& f) {
+  for (; mask != 0; mask &= mask - 1) {
+    f(std::countr_zero(mask));
+  }
 }
+
+struct MmaOperand {
+  const uint32_t *a, *b;
+  float* c;
+};
 
 // Rounds towards zero, as tensor cores do with their sums.
 float truncate(double x) {
@@ -23,136 +28,127 @@ float truncate(double x) {
   return beyond ? std::bit_cast<float>(std::bit_cast<uint32_t>(nearest) - 1) : nearest;
 }
 
-// c [16, 8] += a [16, depth] b [depth, 8], and the accumulators of all lanes.
-template <int kDepth>
-struct Product {
-  float a[16][kDepth], b[kDepth][8], c[16][8];
-
-  void multiply() {
-    for (int i = 0; i < 16; ++i) {
-      double sum[8];
-      std::copy_n(c[i], 8, sum);
-      for (int k = 0; k < kDepth; ++k) {
-        for (int j = 0; j < 8; ++j) {
-          sum[j] += double{a[i][k]} * double{b[k][j]};
-        }
-      }
-      std::transform(sum, sum + 8, c[i], truncate);
-    }
-  }
-};
-
-struct MmaOperand {
-  const uint32_t *a, *b;
-  float* c;
-};
-
-// The accumulator element c[e] of a lane.
-int row_of(int lane, int e) {
-  return lane / 4 + (e / 2) * 8;
-}
-int column_of(int lane, int e) {
-  return lane % 4 * 2 + e % 2;
-}
-
-template <int kDepth, typename LoadOperands>
-void multiply_warp(void* const* operands, LoadOperands&& load) {
-  Product<kDepth> product;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const auto* own = static_cast<const MmaOperand*>(operands[lane]);
-    load(product, lane, *own);
-    for (int e = 0; e < 4; ++e) {
-      product.c[row_of(lane, e)][column_of(lane, e)] = own->c[e];
-    }
-  }
-  product.multiply();
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int e = 0; e < 4; ++e) {
-      static_cast<MmaOperand*>(operands[lane])->c[e] =
-          product.c[row_of(lane, e)][column_of(lane, e)];
-    }
-  }
-}
-
-template <typename Decode>
-void mma_16bit(void* const* operands, Decode&& decode) {
-  multiply_warp<16>(operands, [&](Product<16>& product, int lane, const MmaOperand& own) {
+// c += a b by all lanes, for rows of a and columns of b of 8 words, of one or two elements each:
+// kDepth elements. The words of a lane are those of PTX's fragments.
+template <int kDepth, typename Decode>
+void multiply(void* const* operands, Decode&& decode) {
+  using Row [[gnu::vector_size(64)]] = double;
+  uint32_t a_words[16][8], b_words[8][8];  // b: by column
+  Row b[kDepth], c[16];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto [a, b, c_own] = *static_cast<const MmaOperand*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int half = 0; half < 2; ++half) {
-      const auto element = [&](uint32_t pair) {
-        return decode(static_cast<uint16_t>(pair >> (16 * half)));
-      };
-      for (int i = 0; i < 4; ++i) {
-        product.a[g + i % 2 * 8][2 * t + half + i / 2 * 8] = element(own.a[i]);
-      }
-      for (int i = 0; i < 2; ++i) {
-        product.b[2 * t + half + i * 8][g] = element(own.b[i]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      a_words[g + i % 2 * 8][t + i / 2 * 4] = a[i];
+      c[g + i / 2 * 8][2 * t + i % 2] = c_own[i];
     }
-  });
+    for (int i = 0; i < 2; ++i) {
+      b_words[g][t + i * 4] = b[i];
+    }
+  }
+  float a[16][kDepth], b_columns[8][kDepth];
+  decode(&a_words[0][0], &a[0][0], 16 * kDepth);
+  decode(&b_words[0][0], &b_columns[0][0], 8 * kDepth);
+  for (int k = 0; k < kDepth; ++k) {
+    for (int j = 0; j < 8; ++j) {
+      b[k][j] = b_columns[j][k];
+    }
+  }
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < kDepth; ++k) {
+      c[i] += double{a[i][k]} * b[k];
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      static_cast<const MmaOperand*>(operands[lane])->c[i] =
+          truncate(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    }
+  }
+}
+
+// The 16-bit elements of words, low half first.
+template <typename Decode>
+void decode_16bit(const uint32_t* words, float* elements, int count, Decode&& decode) {
+  for (int i = 0; i < count; i += 2) {
+    elements[i] = decode(static_cast<uint16_t>(words[i / 2]));
+    elements[i + 1] = decode(static_cast<uint16_t>(words[i / 2] >> 16));
+  }
 }
 
 }  // namespace
 
-void sync_warp(uint32_t mask, std::source_location site) {
+void sync_warp(uint32_t mask, Site site) {
   collective(mask, "sync_warp", site, nullptr, [](void* const*, uint32_t lanes) {
-    if (lanes == 0xffffffffu) {  // the races that a part of a warp orders stay unknown
-      current_block().races.warp_barrier(thread_index() / kLanes);
+    if (lanes == running_warp().lanes) {  // the races that a part of a warp orders stay unknown
+      current->races.warp_barrier(thread_index() / kWarp);
     }
   });
 }
 
-uint32_t ballot(bool predicate, uint32_t mask, std::source_location site) {
+uint32_t ballot(bool predicate, uint32_t mask, Site site) {
   uint32_t own = predicate ? 1 : 0;
   collective(mask, "ballot", site, &own, [](void* const* operands, uint32_t lanes) {
     uint32_t votes = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if ((lanes >> lane & 1) != 0) {
-        votes |= *static_cast<uint32_t*>(operands[lane]) << lane;
-      }
-    }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if ((lanes >> lane & 1) != 0) {
-        *static_cast<uint32_t*>(operands[lane]) = votes;
-      }
-    }
+    for_each_lane(lanes,
+                  [&](int lane) { votes |= *static_cast<uint32_t*>(operands[lane]) << lane; });
+    for_each_lane(lanes, [&](int lane) { *static_cast<uint32_t*>(operands[lane]) = votes; });
   });
   return own;
 }
 
-uint32_t match_any(uint32_t value, uint32_t mask, std::source_location site) {
+uint32_t match_any(uint32_t value, uint32_t mask, Site site) {
   struct Operand {
     uint32_t value, same;
   } own{value, 0};
   collective(mask, "match_any", site, &own, [](void* const* operands, uint32_t lanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      for (int j = 0; j < kLanes; ++j) {
-        if ((lanes >> i & lanes >> j & 1) != 0) {
-          auto* to = static_cast<Operand*>(operands[i]);
-          const bool same = to->value == static_cast<Operand*>(operands[j])->value;
-          to->same |= static_cast<uint32_t>(same) << j;
-        }
-      }
+    while (lanes != 0) {
+      const uint32_t first = static_cast<Operand*>(operands[std::countr_zero(lanes)])->value;
+      uint32_t same = 0;
+      for_each_lane(lanes, [&](int lane) {
+        same |= uint32_t{static_cast<Operand*>(operands[lane])->value == first} << lane;
+      });
+      for_each_lane(same, [&](int lane) { static_cast<Operand*>(operands[lane])->same = same; });
+      lanes &= ~same;
     }
   });
   return own.same;
 }
 
-void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed,
-                    std::source_location site) {
+uint64_t exchange_bits(uint64_t value, int source, uint32_t mask, const char* name, Site site) {
+  struct Operand {
+    uint64_t value, result;
+    int source;
+    Site site;
+  } own{value, 0, source & (kWarp - 1), site};
+  collective(mask, name, site, &own, [](void* const* operands, uint32_t lanes) {
+    for_each_lane(lanes, [&](int lane) {
+      auto* to = static_cast<Operand*>(operands[lane]);
+      if ((lanes >> to->source & 1) == 0) {
+        fail("a lane reads from lane " + std::to_string(to->source) + ", which takes no part",
+             to->site, thread_of_lane(lane));
+      }
+      to->result = static_cast<Operand*>(operands[to->source])->value;
+    });
+  });
+  return own.result;
+}
+
+void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed, Site site) {
   struct Operand {
     const void* row;
     uint32_t* fragment;
     bool transposed;
-  } own{row, fragment, transposed};
+    Site site;
+  } own{row, fragment, transposed, site};
   collective(0xffffffffu, "load_matrix_x4", site, &own, [](void* const* operands, uint32_t) {
     uint16_t matrices[4][8][8];
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
       const auto* from = static_cast<const Operand*>(operands[lane]);
-      read_shared_as(thread_of_lane(lane), from->row, 16);
+      touch_shared(from->row, 16, Access::kRead, from->site, thread_of_lane(lane));
       std::memcpy(matrices[lane / 8][lane % 8], from->row, 16);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int lane = 0; lane < kWarp; ++lane) {
       const auto* to = static_cast<const Operand*>(operands[lane]);
       const int g = lane / 4, t = lane % 4;
       for (int m = 0; m < 4; ++m) {
@@ -166,77 +162,34 @@ void load_matrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed,
 }
 
 void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat,
-                 std::source_location site) {
+                 Site site) {
   MmaOperand own{a, b, c};
   if (bfloat) {
-    collective(0xffffffffu, "mma_16x8x16", site, &own,
-               [](void* const* operands, uint32_t) { mma_16bit(operands, bfloat_to_float); });
+    collective(0xffffffffu, "mma_16x8x16", site, &own, [](void* const* operands, uint32_t) {
+      multiply<16>(operands, [](const uint32_t* words, float* elements, int count) {
+        decode_16bit(words, elements, count, [](uint16_t bits) {
+          return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+        });
+      });
+    });
   } else {
-    collective(0xffffffffu, "mma_16x8x16", site, &own,
-               [](void* const* operands, uint32_t) { mma_16bit(operands, half_to_float); });
+    collective(0xffffffffu, "mma_16x8x16", site, &own, [](void* const* operands, uint32_t) {
+      multiply<16>(operands, [](const uint32_t* words, float* elements, int count) {
+        decode_16bit(words, elements, count, half_to_float);
+      });
+    });
   }
 }
 
-void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                     std::source_location site) {
+void mma_16x8x8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site) {
   MmaOperand own{a, b, c};
   collective(0xffffffffu, "mma_16x8x8_tf32", site, &own, [](void* const* operands, uint32_t) {
-    multiply_warp<8>(operands, [](Product<8>& product, int lane, const MmaOperand& from) {
-      const int g = lane / 4, t = lane % 4;
-      // The hardware reads the upper 19 bits.
-      const auto element = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); };
-      for (int i = 0; i < 4; ++i) {
-        product.a[g + i % 2 * 8][t + i / 2 * 4] = element(from.a[i]);
-      }
-      for (int i = 0; i < 2; ++i) {
-        product.b[t + i * 4][g] = element(from.b[i]);
+    multiply<8>(operands, [](const uint32_t* words, float* elements, int count) {
+      for (int i = 0; i < count; ++i) {  // the hardware reads the upper 19 bits
+        elements[i] = std::bit_cast<float>(words[i] & 0xffffe000u);
       }
     });
   });
-}
-
-uint16_t float_to_bfloat(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  if (x != x) {
-    return 0x7fff;
-  }
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t float_to_half(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  const float magnitude = std::bit_cast<float>(bits & 0x7fffffffu);
-  if (x != x) {
-    return 0x7fff;
-  }
-  if (magnitude >= 65520.0f) {
-    return sign | 0x7c00;
-  }
-  if (magnitude < 0x1p-14f) {  // denormal or zero: in units of 2^-24, rounded by the addition
-    const float units = magnitude * 0x1p24f + 0x1p23f;
-    return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(units) & 0x7ff);
-  }
-  const uint32_t rebased = (bits & 0x7fffffffu) - (112u << 23);
-  return sign | static_cast<uint16_t>((rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
-}
-
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-  if (magnitude >= 0x7c00) {
-    return std::bit_cast<float>(sign | 0x7f800000u | magnitude << 13);
-  }
-  // A half's bits as a float's are 2^112 times too small, denormals too.
-  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
-}
-
-uint32_t float_to_tf32(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  if (!std::isfinite(x)) {
-    return x != x ? 0x7fffffffu : bits;
-  }
-  return (bits + 0x1000) & 0xffffe000u;
 }
 
 }  // namespace mor::simt

@@ -24,6 +24,7 @@ def rotary(
         cos, sin: fp32 ``[max_positions, head_dim / 2]`` (fp64 too where query is), at row p the
             cosine and sine of the angles of position p.
         positions: int32 ``[N]`` in ``[0, max_positions)``, in tokens of the original sequence.
+            On CUDA without :func:`mor_ext.set_debug` a position out of range gives NaN.
 
     Returns:
         Rotated query and key, new tensors. Differentiable in query and key.
@@ -56,9 +57,12 @@ def kv_append(
             contiguous in their last two dimensions. Written in place.
         block_table: int32 ``[lanes, max_blocks]``, physical block of each logical block. Only the
             elements of blocks that are written are read. Where two lanes name the same slot,
-            either may win.
+            either may win, element by element.
         cache_seqlens: int32 ``[lanes]``, entries a lane holds before this call. Not changed.
         cu_seqlens: int32 ``[lanes + 1]``, cumulative numbers of new tokens of the lanes.
+
+    On CUDA without :func:`mor_ext.set_debug` a token whose slot is out of range is skipped, and so
+    are those outside every lane, which may fill up the batch of a CUDA graph.
 
     Raises:
         RuntimeError: ``mor::kv_append: <argument> must be <rule>, got <value>``; the caches are

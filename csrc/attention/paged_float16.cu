@@ -1,0 +1,3 @@
+#include "attention/paged.cuh"
+
+template cudaError_t mor::cuda::paged_attention_of<mor::float16>(const PagedParams&, cudaStream_t);
