@@ -94,11 +94,8 @@ cudaError_t backward(const AttentionBwdParams& bwd, BackwardRow* states, cudaStr
 template <typename T>
 cudaError_t attention_bwd_of(const AttentionBwdParams& bwd, void* row_states, cudaStream_t stream) {
   auto* states = static_cast<BackwardRow*>(row_states);
-  if (bwd.forward.head_dim <= 64) {
-    return backward<T, 64>(bwd, states, stream);
-  }
-  return bwd.forward.head_dim <= 128 ? backward<T, 128>(bwd, states, stream)
-                                     : backward<T, 256>(bwd, states, stream);
+  return dispatch_head_dim(bwd.forward.head_dim,
+                           [&]<int kDim>() { return backward<T, kDim>(bwd, states, stream); });
 }
 
 }  // namespace mor::cuda

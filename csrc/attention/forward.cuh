@@ -133,15 +133,6 @@ cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
                 stream, p, ScoreScale(p.softmax_scale));
 }
 
-// Calls f.template operator()<kDim>() with the smallest padded head_dim that there are kernels for.
-template <typename F>
-cudaError_t dispatch_head_dim(int64_t head_dim, F&& f) {
-  if (head_dim <= 64) {
-    return f.template operator()<64>();
-  }
-  return head_dim <= 128 ? f.template operator()<128>() : f.template operator()<256>();
-}
-
 template <typename T>
 cudaError_t attention_of(const AttentionParams& p, cudaStream_t stream) {
   return dispatch_head_dim(

@@ -10,6 +10,15 @@
 
 namespace mor::cuda {
 
+// Calls f.template operator()<kDim>() with the smallest padded head_dim that there are kernels for.
+template <typename F>
+cudaError_t dispatch_head_dim(int64_t head_dim, F&& f) {
+  if (head_dim <= 64) {
+    return f.template operator()<64>();
+  }
+  return head_dim <= 128 ? f.template operator()<128>() : f.template operator()<256>();
+}
+
 // kRows rows of kDim elements, chunks swizzled: the eight rows that one ldmatrix matrix reads, at
 // the same chunk, lie in different banks.
 template <typename T, int kRows_, int kDim_>
