@@ -316,6 +316,8 @@ def main() -> None:
     if options.dry_run:
         chosen = [options.dry_run, options.simt_library, *each_kind(listed(options.only))]
         sys.exit(run([sys.executable, WORKER, "dry-run", *chosen], 600, quiet=False).status or 0)
+    if not said("nvidia-smi", "-L"):
+        sys.exit("no NVIDIA GPU, says nvidia-smi -L; --dry-run needs none")
     whole = not (options.only or options.no_tests or options.no_sanitizer or options.no_benches)
     now = datetime.now(timezone.utc)
     out = (options.out or BENCH / ("results" if whole else "out")) / f"gpu-{now:%Y-%m-%d-%H%M}.json"

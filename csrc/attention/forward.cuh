@@ -36,7 +36,8 @@ struct ForwardTraits {
 // last one do nothing.
 template <typename T, int kDim, typename Keys>
 __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
-    attention_forward(const __grid_constant__ AttentionParams p) {
+    attention_forward(const __grid_constant__ AttentionParams p,
+                      const __grid_constant__ ScoreScale scale) {
   using Traits = ForwardTraits<T, kDim>;
   constexpr int kRowTiles = Traits::kRowTiles, kKeys = Traits::kKeys;
   constexpr int kShare = kKeys / Traits::kWarps;  // of a tile of keys, a warp's
@@ -79,7 +80,6 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
   place = source.find(kKeys + warp * kShare);
 
   const int warp_row = warp * Traits::kWarpRows;
-  const ScoreScale scale(p.softmax_scale);
   Softmax<kRowTiles> softmax;
   float out[kRowTiles][kDim / 8][4] = {};
   for (int32_t key0 = 0; key0 < keys; key0 += kKeys) {
@@ -130,7 +130,7 @@ cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
                 {{static_cast<uint32_t>(tiles), static_cast<uint32_t>(p.kv_heads), 1},
                  Traits::kThreads,
                  Traits::kSharedBytes},
-                stream, p);
+                stream, p, ScoreScale(p.softmax_scale));
 }
 
 // Calls f.template operator()<kDim>() with the smallest padded head_dim that there are kernels for.

@@ -45,8 +45,9 @@ class DecodeBlock {
   using Out = float[1][kDim / 8][4];
 
  public:
-  __device__ DecodeBlock(SharedArena& arena, const PagedParams& p)
+  __device__ DecodeBlock(SharedArena& arena, const PagedParams& p, const ScoreScale& scale)
       : p_(p),
+        scale_(scale),
         query_(Traits::Query::take(arena)),
         key_(Traits::Keys::take(arena)),
         value_(Traits::Keys::take(arena)),
@@ -103,7 +104,6 @@ class DecodeBlock {
     copy_async_wait<kStages - 1>();
     sync_threads();  // queries and table are there
 
-    const ScoreScale scale(p_.softmax_scale);
     int stage_row = 0;
     for (int32_t key0 = first_key; key0 < end; key0 += kBlockKeys) {
       const int row = first_row + stage_row;
@@ -111,12 +111,12 @@ class DecodeBlock {
       sync_warp();
       float scores[1][kKeys / 8][4];
       multiply_rows(scores, query_, 0, key_, row);
-      scale.prepare(scores);
+      scale_.prepare(scores);
       if (key0 + kKeys > table_[0].limit) {
         mask_scores(scores, key0,
                     [&](int i, int half) { return table_[accumulator_row(i, 2 * half)].limit; });
       }
-      softmax.update(scores, out, scale.factor);
+      softmax.update(scores, out, scale_.factor);
       multiply_accumulators(out, scores, value_, row);
       sync_warp();  // no lane reads this stage any more
       load(keys, row, key0 + kStages * kBlockKeys, end, next);
@@ -227,6 +227,7 @@ class DecodeBlock {
   }
 
   const PagedParams& p_;
+  const ScoreScale& scale_;
   typename Traits::Query query_;
   typename Traits::Keys key_, value_;
   RowTable table_;
@@ -237,9 +238,9 @@ class DecodeBlock {
 // Grid: as many blocks as the device holds at once; each strides over the items of all lanes.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(DecodeTraits<T, kDim>::kThreads, 3)
-    paged_decode(const __grid_constant__ PagedParams p) {
+    paged_decode(const __grid_constant__ PagedParams p, const __grid_constant__ ScoreScale scale) {
   SharedArena arena;
-  const DecodeBlock<T, kDim> block(arena, p);
+  const DecodeBlock<T, kDim> block(arena, p, scale);
   int64_t lane = 0, first_item = 0;  // first_item: the number of the lane's first
   for (int64_t item = block_index().x;; item += grid_size().x) {
     int64_t number = item - first_item;
@@ -278,7 +279,8 @@ cudaError_t launch_decode(const PagedParams& p, cudaStream_t stream) {
       (rows / Traits::kRows + std::min(p.batch, rows)) * p.kv_heads * pieces_bound(p);
   const auto blocks = static_cast<uint32_t>(std::min(items, processors * resident));
   return launch("paged_decode", paged_decode<T, kDim>,
-                {{blocks, 1, 1}, Traits::kThreads, Traits::kSharedBytes}, stream, p);
+                {{blocks, 1, 1}, Traits::kThreads, Traits::kSharedBytes}, stream, p,
+                ScoreScale(p.softmax_scale));
 }
 
 template <typename T>

@@ -9,12 +9,13 @@ namespace mor::cuda {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Scores enter the softmax as exponents of 2: scores * factor, factor > 0.
+// Scores enter the softmax as exponents of 2: scores * factor, factor > 0. Made on the host: as a
+// kernel's argument it takes no registers.
 struct ScoreScale {
   float factor;
   bool negate, drop;  // the scores first: where softmax_scale is negative, or 0
 
-  __device__ explicit ScoreScale(double softmax_scale) {
+  explicit ScoreScale(double softmax_scale) {
     constexpr double kLog2E = 1.4426950408889634;
     const float scaled = static_cast<float>(softmax_scale * kLog2E);
     negate = scaled < 0;
