@@ -84,22 +84,28 @@ def run(op: Callable[..., Any], args: Args, grads: tuple[Tensor, Tensor]) -> dic
     return {"out": out.detach(), "lse": lse.detach(), **dict(named)}
 
 
+def part_of_weights(args: Args, grad_out: Tensor, exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far a relative error of the weights moves a result, at most."""
+    score_grad = grad_out.abs().max() * args["value"].abs().sum(-1).max() * args["softmax_scale"]
+    parts = {
+        "out": args["value"].abs().max(),
+        "lse": 1,
+        "grad_value": exact["grad_value"].abs().max(),
+        "grad_query": score_grad * args["key"].abs().max(),
+        "grad_key": score_grad * args["query"].abs().max(),
+    }
+    return {name: float(part) for name, part in parts.items()}
+
+
 def check(args: Args, weight_error: float = 0.0) -> None:
     """weight_error: what every weight may be off by, relative to it, beyond ordinary rounding."""
     grads = random_grads(args)
     actual, eager = (run(op, args, grads) for op in (attention, reference))
     exact = run(reference, in_fp64(args), (grads[0].double(), grads[1].double()))
-    largest_score_grad = grads[0].abs().max() * args["value"].abs().sum(-1).max()
-    of_weights = {  # how much of a result a weight is
-        "out": args["value"].abs().max(),
-        "lse": 1.0,
-        "grad_value": exact["grad_value"].abs().max(),
-        "grad_query": args["softmax_scale"] * largest_score_grad * args["key"].abs().max(),
-        "grad_key": args["softmax_scale"] * largest_score_grad * args["query"].abs().max(),
-    }
     for name, result in actual.items():
         atol = scaled_atol(exact[name], args["query"].dtype)
-        atol += weight_error * float(of_weights[name]) if weight_error else 0.0
+        if weight_error:
+            atol += weight_error * part_of_weights(args, grads[0], exact)[name]
         assert_accurate(result, eager[name], exact[name], atol, name)
 
 
