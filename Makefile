@@ -42,7 +42,7 @@ sanitize: $(VENV)/with-test $(VENV)/built
 	@$(call build_simt,build/simt-sanitize,-DMOR_SANITIZE=ON)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v -k simt \
-		--capture=sys --simt-library build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
+		--capture=sys --simt-library=build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
 
 lint: $(VENV)/with-lint
 	$(BIN)/ruff check
