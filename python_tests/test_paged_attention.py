@@ -100,13 +100,11 @@ def page(args: Args, block_size: int) -> Args:
     }
 
 
-def check(args: Args, block_size: int, weight_error: float = 0.0) -> None:
-    """weight_error: what every weight may be off by, relative to it, beyond ordinary rounding."""
+def check(args: Args, block_size: int) -> None:
     results = (paged_attention(**page(args, block_size)), reference(**args))
     exact = reference(**in_fp64(args))
     for name, actual, eager, truth in zip(("out", "lse"), *results, exact, strict=True):
         atol = scaled_atol(truth, args["query"].dtype)
-        atol += weight_error * (args["value"].abs().max().item() if name == "out" else 1)
         assert_accurate(actual, eager, truth, atol, name)
 
 
@@ -233,9 +231,7 @@ def test_large_scores(dtype: torch.dtype, seed: int) -> None:
     args = contiguous([(3, 300), (2, 40)], 2, 1, 64, dtype, "random")
     for name in ("query", "key"):
         args[name] = torch.randint(-4, 5, args[name].shape).to(dtype)
-    # An exponent of 1e4 is rounded by up to half its last bit, in fp32 1e-3.
-    rounding = 1e4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    check({**args, "softmax_scale": 32.0}, 16, rounding)
+    check({**args, "softmax_scale": 32.0}, 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

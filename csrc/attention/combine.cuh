@@ -13,7 +13,8 @@ inline constexpr int kCombineThreads = 128;
 // piece.
 template <typename T>
 __global__ void __launch_bounds__(kCombineThreads)
-    combine_pieces(const __grid_constant__ PagedParams p) {
+    combine_pieces(const __grid_constant__ PagedParams p,
+                   const __grid_constant__ ScoreScale scale) {
   const int64_t lane = block_index().x;
   const LaneSplit split(p, lane);
   if (split.pieces <= 1) {
@@ -30,13 +31,13 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
     whole.maximum = warp_reduce(whole.maximum, [](float a, float b) { return fmaxf(a, b); });
     for (int i = lane_index(); i < split.pieces; i += kWarpSize) {
-      whole.sum += states[i].sum * states[i].rescale(whole.maximum);
+      whole.sum += states[i].sum * states[i].rescale(whole.maximum, scale.factor);
     }
     whole.sum = warp_sum(whole.sum);
 
     const int64_t token = seq.token(row), head = seq.head(row);
     if (lane_index() == 0) {
-      static_cast<float*>(p.lse)[head * p.total_q + token] = whole.lse();
+      static_cast<float*>(p.lse)[head * p.total_q + token] = whole.lse(scale.factor);
     }
     for (int64_t column0 = 0; column0 < p.head_dim; column0 += 4 * lanes) {
       const int64_t column = column0 + lane_index() % lanes * 4;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kCombineThreads)
       for (int i = lane_index() / lanes; i < split.pieces && inside; i += kWarpSize / lanes) {
         const float* values = p.results.out + (first + i) * p.head_dim + column;
         const auto value = *reinterpret_cast<const Vector<float, 4>*>(values);
-        const float factor = states[i].rescale(whole.maximum);
+        const float factor = states[i].rescale(whole.maximum, scale.factor);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           sum[e] += factor * value[e];
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kCombineThreads)
 template <typename T>
 cudaError_t launch_combine(const PagedParams& p, cudaStream_t stream) {
   const Index3 grid{static_cast<uint32_t>(p.batch), static_cast<uint32_t>(p.kv_heads), 1};
-  return launch("combine_pieces", combine_pieces<T>, {grid, kCombineThreads}, stream, p);
+  return launch("combine_pieces", combine_pieces<T>, {grid, kCombineThreads}, stream, p,
+                ScoreScale(p.softmax_scale));
 }
 
 }  // namespace mor::cuda

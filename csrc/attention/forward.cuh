@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
         return table[warp_row + accumulator_row(i, 2 * half)].limit;
       });
     }
-    softmax.update(scores, out, scale.factor);
+    softmax.template update<Traits::kFloat>(scores, out, scale.factor);
     place = source.find(key0 + 2 * kKeys + warp * kShare);  // while the product runs
     multiply_accumulators(out, scores, value, first);
   }
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(ForwardTraits<T, kDim>::kThreads, 2)
   for_each_row<kRowTiles>([&](int i, int half) {
     const RowInfo row = table[warp_row + accumulator_row(i, 2 * half)];
     if (row.token >= 0 && lane_index() % 4 == 0) {
-      static_cast<float*>(p.lse)[row.head * p.total_q + row.token] = softmax.state(i, half).lse();
+      static_cast<float*>(p.lse)[row.head * p.total_q + row.token] =
+          softmax.state(i, half).lse(scale.factor);
     }
   });
   stage_rows(query, warp_row, out,

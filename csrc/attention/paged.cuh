@@ -116,7 +116,7 @@ class DecodeBlock {
         mask_scores(scores, key0,
                     [&](int i, int half) { return table_[accumulator_row(i, 2 * half)].limit; });
       }
-      softmax.update(scores, out, scale_.factor);
+      softmax.template update<sizeof(T) == 4>(scores, out, scale_.factor);
       multiply_accumulators(out, scores, value_, row);
       sync_warp();  // no lane reads this stage any more
       load(keys, row, key0 + kStages * kBlockKeys, end, next);
@@ -144,7 +144,8 @@ class DecodeBlock {
     });
     sync_threads();
     stage_rows(sums(warp_), 0, out, [&](int i, int half) {
-      return softmax.state(i, half).rescale(whole(accumulator_row(i, 2 * half)).maximum);
+      return softmax.state(i, half).rescale(whole(accumulator_row(i, 2 * half)).maximum,
+                                            scale_.factor);
     });
     sync_threads();
   }
@@ -185,7 +186,7 @@ class DecodeBlock {
         T* to = static_cast<T*>(p_.out) + (row.token * p_.heads + row.head) * p_.head_dim + column;
         *reinterpret_cast<Vector<T, kColumns>*>(to) = result;
         if (column == 0) {
-          static_cast<float*>(p_.lse)[row.head * p_.total_q + row.token] = state.lse();
+          static_cast<float*>(p_.lse)[row.head * p_.total_q + row.token] = state.lse(scale_.factor);
         }
       }
     }
@@ -217,7 +218,7 @@ class DecodeBlock {
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
       const RowState of_warp = states_[warp * kRows + row];
-      state.sum += of_warp.sum * of_warp.rescale(state.maximum);
+      state.sum += of_warp.sum * of_warp.rescale(state.maximum, scale_.factor);
     }
     return state;
   }

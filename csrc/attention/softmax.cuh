@@ -71,9 +71,9 @@ __device__ void mask_scores(float (&scores)[kRowTiles][kColumnTiles][4], int32_t
   });
 }
 
-// What is known of a row after some of its keys.
+// What is known of a row after some of its keys. factor: ScoreScale's.
 struct RowState {
-  float maximum;  // of the exponents; -inf: none was seen
+  float maximum;  // of the scores; -inf: none was seen
   float sum;      // of the weights, relative to the maximum
 
   // What summed up values are multiplied by: a row that saw nothing gives 0.
@@ -81,14 +81,16 @@ struct RowState {
 
   // The natural logarithm of the denominator, in double: an error here would scale every weight
   // that the backward pass recomputes.
-  __device__ float lse() const {
+  __device__ float lse(float factor) const {
     constexpr double kLn2 = 0.6931471805599453;
-    const double log2_sum = double{maximum} + double{log2f(sum)};
+    const double log2_sum = double{maximum} * factor + double{log2f(sum)};
     return sum == 0 ? -kInfinity : static_cast<float>(log2_sum * kLn2);
   }
 
   // What weights are multiplied by to be relative to a maximum of several states.
-  __device__ float rescale(float top) const { return fast_exp2(maximum - finite(top)); }
+  __device__ float rescale(float top, float factor) const {
+    return fast_exp2((maximum - finite(top)) * factor);
+  }
 
   // What weights are relative to where nothing was seen yet: any number will do.
   __device__ static float finite(float maximum) { return maximum == -kInfinity ? 0 : maximum; }
@@ -96,7 +98,10 @@ struct RowState {
 
 template <int kRowTiles>
 struct Softmax {
-  float maximum[kRowTiles][2];  // of the exponents so far; -inf: none was seen
+  // From here on the rounding of an exponent, 2^-24 of it, is more than 2^-17.
+  static constexpr float kFarExponent = 128;
+
+  float maximum[kRowTiles][2];  // of the scores so far; -inf: none was seen
   float sum[kRowTiles][2];      // this lane's part of the denominator, relative to the maximum
 
   __device__ Softmax() {
@@ -107,7 +112,9 @@ struct Softmax {
   }
 
   // Turns scores into weights relative to the new maximum, and rescales what was summed up so far.
-  template <int kColumnTiles, int kOutTiles>
+  // One fma gives an exponent, but its maximum * factor is rounded: where that would show, in fp32
+  // (kExact) and where exponents are large, the difference is taken first.
+  template <bool kExact, int kColumnTiles, int kOutTiles>
   __device__ void update(float (&scores)[kRowTiles][kColumnTiles][4],
                          float (&out)[kRowTiles][kOutTiles][4], float factor) {
     for_each_row<kRowTiles>([&](int i, int half) {
@@ -118,9 +125,9 @@ struct Softmax {
       }
       top = fmaxf(top, shuffle_xor(top, 1));
       top = fmaxf(top, shuffle_xor(top, 2));
-      const float highest = fmaxf(maximum[i][half], top * factor);
+      const float highest = fmaxf(maximum[i][half], top);
       if (any_lane(highest != maximum[i][half])) {  // rare after the first tiles
-        const float keep = state(i, half).rescale(highest);
+        const float keep = state(i, half).rescale(highest, factor);
         sum[i][half] *= keep;
 #pragma unroll
         for (int j = 0; j < kOutTiles; ++j) {
@@ -129,13 +136,22 @@ struct Softmax {
         }
         maximum[i][half] = highest;
       }
-      const float shift = RowState::finite(highest);
+      const float base = RowState::finite(highest), shift = base * factor;
+      const bool exact = kExact || fabsf(shift) >= kFarExponent;
 #pragma unroll
       for (int j = 0; j < kColumnTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& weight = scores[i][j][2 * half + e];
-          weight = fast_exp2(fmaf(weight, factor, -shift));
+          weight = exact ? (weight - base) * factor : fmaf(weight, factor, -shift);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& weight = scores[i][j][2 * half + e];
+          weight = fast_exp2(weight);
           sum[i][half] += weight;
         }
       }
