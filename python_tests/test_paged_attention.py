@@ -168,10 +168,12 @@ def test_reference(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_like_attention(dtype: torch.dtype, seed: int) -> None:
+def test_like_attention(dtype: torch.dtype, backend: Backend, seed: int) -> None:
     """The order in which tokens arrive changes nothing beyond rounding."""
     eps = torch.finfo(dtype).eps
-    tolerance = {"atol": max(1e-5, eps / 2), "rtol": max(1e-6, 2 * eps)}
+    # Tensor cores take weights of 16 bits, rounded in another order.
+    on_tensor_cores = {"atol": max(1e-5, eps / 2), "rtol": max(1e-6, 2 * eps)}
+    tolerance = {} if backend == Backend.CPU else on_tensor_cores
     lengths = sized((200, 31), (140, 31))
     args = contiguous([(length, length) for length in lengths], 4, 2, 64, dtype, "causal")
     whole, _ = attention(**args)
