@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from mor_ext.models import MoRConfig
+from mor_ext.models import MoRConfig, MoRForCausalLM
 from mor_ext.training.recipe import RunRecipe, config_names, find_config
 
 SMALL = """
@@ -164,23 +165,34 @@ def test_example_configs_are_recipes_of_models(name):
     assert all(saved[section].keys() >= content[section].keys() for section in ("data", "training"))
 
 
-# Of the paper's vanilla models, embeddings left out: 106M, 315M, 654M and 1.61B.
+# Layers, width, heads, KV heads, MLP; millions of parameters without the embedding's, of the vanilla
+# model and of ours, whose layers recur.
 PAPER = {
-    "paper_135m": (30, 576, 9, 3, 1536),
-    "paper_360m": (32, 960, 15, 5, 2560),
-    "paper_730m": (26, 1536, 24, 8, 4096),
-    "paper_1_7b": (24, 2048, 32, 32, 8192),
+    "paper_135m": (30, 576, 9, 3, 1536, 106.2, 56.6),
+    "paper_360m": (32, 960, 15, 5, 2560, 314.6, 118.0),
+    "paper_730m": (26, 1536, 24, 8, 4096, 654.4, 251.7),
+    "paper_1_7b": (24, 2048, 32, 32, 8192, 1610.6, 872.4),
 }
+
+
+def millions(fields: dict) -> float:
+    with torch.device("meta"):
+        model = MoRForCausalLM(MoRConfig(**fields))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (total - model.embed_tokens.weight.numel()) / 1e6
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_sizes_of_the_paper(name):
-    layers, hidden, heads, kv_heads, intermediate = PAPER[name]
+    layers, hidden, heads, kv_heads, intermediate, *sizes = PAPER[name]
     recipe = RunRecipe.load(name)
     config = MoRConfig(**recipe.model)
     assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
     assert (config.num_attention_heads, config.num_key_value_heads) == (heads, kv_heads)
     assert (config.intermediate_size, config.head_dim) == (intermediate, 64)
     assert config.vocab_size == 49152 and config.sharing == "middle_cycle"
+    vanilla = {"num_recursions": 1, "routing": "none", "router_alpha": None}
+    vanilla = recipe.model | vanilla | {"router_loss_coef": None}
+    assert [millions(vanilla), millions(recipe.model)] == pytest.approx(sizes, rel=1e-3)
     training = recipe.training
     assert 8 * training.batch_size * training.gradient_accumulation * training.length == 2**21
