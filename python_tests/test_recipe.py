@@ -165,8 +165,8 @@ def test_example_configs_are_recipes_of_models(name):
     assert all(saved[section].keys() >= content[section].keys() for section in ("data", "training"))
 
 
-# Layers, width, heads, KV heads, MLP; millions of parameters without the embedding's, of the vanilla
-# model and of ours, whose layers recur.
+# Layers, width, heads, KV heads, MLP; millions of parameters without the embedding's, of the
+# vanilla model and of ours, whose layers recur.
 PAPER = {
     "paper_135m": (30, 576, 9, 3, 1536, 106.2, 56.6),
     "paper_360m": (32, 960, 15, 5, 2560, 314.6, 118.0),
