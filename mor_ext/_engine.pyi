@@ -1,0 +1,39 @@
+"""Types of the C++ module; csrc/engine has the documentation.
+
+Arrays are views of the C++ object's memory, valid until its next call.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32s = NDArray[np.int32]
+
+BLOCK_SIZE: int
+build_info: dict[str, str]
+available_cpu_isas: list[str]
+cpu_isa: str
+
+class BlockPool:
+    num_blocks: int
+    num_free: int
+    def __init__(self, num_blocks: int) -> None: ...
+    def take(self) -> int: ...
+    def share(self, block: int) -> None: ...
+    def drop(self, block: int) -> None: ...
+    def users(self, block: int) -> int: ...
+
+class Copies:
+    source: Int32s
+    target: Int32s
+    def __len__(self) -> int: ...
+
+class Lane:
+    entries: int
+    pages: int
+    blocks: Int32s
+    def __init__(self, layers: int) -> None: ...
+    def address(self, layer: int, entry: int) -> int: ...
+    def blocks_to_append(self, pool: BlockPool, count: int) -> int: ...
+    def append(self, pool: BlockPool, count: int, copies: Copies) -> None: ...
+    def prefix(self, pool: BlockPool, entries: int) -> Lane: ...
+    def clear(self, pool: BlockPool) -> None: ...
