@@ -13,6 +13,7 @@
 namespace mor::engine {
 
 void bind_blocks(pybind11::module_& m);
+void bind_scheduler(pybind11::module_& m);
 
 using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 

@@ -22,4 +22,5 @@ PYBIND11_MODULE(_engine, m) {
   m.attr("cpu_isa") = mor::cpu_isa_name();
 
   mor::engine::bind_blocks(m);
+  mor::engine::bind_scheduler(m);
 }
