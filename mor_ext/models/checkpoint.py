@@ -42,6 +42,8 @@ class Checkpoint:
         files: Iterable[str] = [WHOLE]
         if (folder / INDEX).is_file():
             files = sorted(set(_read_index(folder / INDEX).values()))
+        elif not (folder / WHOLE).is_file():
+            raise ValueError(f"{folder} must hold {WHOLE} or {INDEX}")
         weights = {}
         for path in (folder / file for file in files):
             held = _open(path)
@@ -62,7 +64,6 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self.weights[name].read().dtype
 
-    @torch.no_grad()
     def copy_mean(self, names: Sequence[str], target: Tensor) -> None:
         """Overwrites target by the mean of tensors of its shape, rounded once.
 

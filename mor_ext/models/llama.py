@@ -44,6 +44,7 @@ SUPPORTED = {  # what a Llama may be told beyond that
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
+@torch.no_grad()
 def from_llama(
     source: str | os.PathLike[str] | LlamaForCausalLM,
     num_recursions: int = 1,
@@ -93,6 +94,8 @@ def from_llama(
     fields = {name: copy.deepcopy(getattr(llama, name)) for name in FIELDS}
     fields |= {"num_recursions": num_recursions, "sharing": sharing} | config_fields
     config = MoRConfig(**fields)
+    if config.tie_word_embeddings and not llama.tie_word_embeddings:
+        raise ValueError("tie_word_embeddings must be False for a source with a head, got True")
     numbers = layers_to_use(config, llama.num_hidden_layers, init)
     with no_init_weights():
         model = MoRForCausalLM(config)
