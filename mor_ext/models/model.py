@@ -220,11 +220,6 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes a PagedKV
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        inputs.pop("position_ids", None)  # follow from the mask
-        return inputs
-
 
 @dataclass
 class Packing:
