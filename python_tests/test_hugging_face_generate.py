@@ -198,5 +198,5 @@ def test_generation_can_start_from_embeddings(seed):
 def test_positions_cannot_be_given(seed):
     """They follow from the mask."""
     ids = torch.randint(50, (1, 5))
-    with pytest.raises(TypeError, match="unexpected keyword argument .position_ids"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'position_ids'"):
         generated(small("none"), ids, position_ids=torch.arange(5)[None])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_accurate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
@@ -66,9 +67,9 @@ def test_logits_of_a_real_model_equal_those_of_transformers(stories, seed):
     with torch.no_grad():
         ours = from_llama(stories)(ids).logits
         theirs = LlamaForCausalLM.from_pretrained(stories)(ids).logits
-        exact = LlamaForCausalLM.from_pretrained(stories).double()(ids).logits
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)  # logits up to 20
+        exact = from_llama(stories, dtype=torch.float64)(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)  # logits up to 20
+    assert_accurate(ours, theirs, exact, atol=1e-5)
 
 
 def test_a_real_model_writes_the_same_story(stories):

@@ -67,12 +67,15 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> MoRForCausalLM:
-        """As in transformers; a file that is cut short is a ValueError too."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> MoRForCausalLM:
+        """As in transformers, but a file that is cut short is a ValueError that says where."""
+        folder = pretrained_model_name_or_path
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            return super().from_pretrained(folder, *model_args, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"{source} must hold whole safetensors files, got {error}") from error
+            raise ValueError(f"{folder} must hold whole safetensors files, got {error}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal; what enters the residual stream is scaled by the depth, as in GPT-2."""
