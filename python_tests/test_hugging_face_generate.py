@@ -134,6 +134,22 @@ def test_positions_go_on_from_the_cache(routing, kv_strategy, seed):
     torch.testing.assert_close(torch.cat(logits, dim=1), full.logits)
 
 
+@every_strategy
+def test_sequences_of_a_cache_can_change_places(kv_strategy, seed):
+    """Beams go on from each other's past; here sequences of different lengths do too."""
+    model = small("token_choice", kv_strategy).double()
+    ids, mask = prompts()
+    order = torch.tensor([1, 0, 1])
+    new = torch.randint(50, (3, 2))
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
+    cache.reorder_cache(order)
+    full_ids = torch.cat([ids[order], new], dim=1)
+    full_mask = torch.cat([mask[order], torch.ones_like(new)], dim=1)
+    logits = model(new, attention_mask=full_mask, cache=cache).logits
+    full = model(full_ids, attention_mask=full_mask).logits
+    torch.testing.assert_close(logits, full[:, -2:])
+
+
 def test_the_last_logits_alone_are_the_last(seed):
     model = small("expert_choice").double()
     ids, mask = prompts()

@@ -359,7 +359,7 @@ NAME = "model.layers.2.mlp.up_proj.weight"
         (lambda t: t | {NAME: t[NAME].T}, r"{name} in {file} must .* \[56, 32\], got \[32, 56\]"),
         (
             lambda t: {n: t[n] for n in t if n != NAME},
-            "{name} must be in .*{file}.*, but is missing",
+            "{name} must be in {folder}, but is missing",
         ),
         (lambda t: t | {NAME + "s": t[NAME].clone()}, "{name}s in {file} must not be there"),
     ],
@@ -369,7 +369,7 @@ def test_a_tensor_that_does_not_fit_is_named(change, message, folder):
     path = shard_of(folder, NAME)
     tensors = {name: t.contiguous() for name, t in change(load_file(path)).items()}
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=message.format(name=NAME, file=path)):
+    with pytest.raises(ValueError, match=message.format(name=NAME, file=path, folder=folder)):
         from_llama(folder)
 
 
