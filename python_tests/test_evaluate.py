@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -367,6 +368,16 @@ def test_the_command_takes_the_first_windows_of_a_data_set(
     windows = PackedDataset(join(train_tokenizer("byte", []), [TEXT]), 64, 63)
     model = MoRForCausalLM.from_pretrained(saved)
     assert report["text"] == evaluate(model, windows, limit=2).to_dict()
+
+
+def test_the_documentations_example_runs(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "evaluation.md", "exec"), {})
+    assert re.match(r"\d+\.\d+ bits a byte, \d\.\d of 5 layers\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
