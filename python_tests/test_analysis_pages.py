@@ -2,7 +2,9 @@
 
 import io
 import math
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +369,14 @@ def test_report_of_a_run(tmp_path, seed):
     assert len(titles) == 39
     assert titles[0] == f"depth {depth[0, 0]}, loss {loss[0, 0]:.2f} nats"
     assert titles[-1] == f"depth {depth[0, -1]}"
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "analysis.md"
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    exec(compile(snippet, "analysis.md", "exec"), {})
+    assert "FLOPs a token, forward" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["depth.png", "depth_loss.png", "run.html"]
