@@ -48,7 +48,12 @@ def linear_cross_entropy(
         raise ValueError(f"weight must be of hidden's dtype {dtype}, got {weight.dtype}")
     record = torch.is_grad_enabled()
     total, _, _ = torch.ops.mor_ext.linear_cross_entropy(
-        hidden, weight, targets, dtype, record and hidden.requires_grad, record and weight.requires_grad
+        hidden,
+        weight,
+        targets,
+        dtype,
+        record and hidden.requires_grad,
+        record and weight.requires_grad,
     )
     if num_items is None:
         num_items = (targets != IGNORED).sum().clamp(min=1)
