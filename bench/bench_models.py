@@ -142,7 +142,7 @@ def table(rows: list[Found]) -> str:
         share = row["routing_share"]
         lines.append(
             [
-                row["model"] + (f", mean depth {row["depth"]:.2f}" if row["routing_share"] else ""),
+                row["model"] + (f", mean depth {row['depth']:.2f}" if share else ""),
                 f"{row['step']:.2f} s",
                 f"{row['step_ratio']:.3f} ({low:.2f} - {high:.2f})",
                 f"{row['step_cpu_ratio']:.3f}",
