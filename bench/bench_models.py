@@ -28,6 +28,7 @@ VANILLA = MODELS[0]
 STEP_GOALS = {"MoR-3 expert choice": 0.72, "MoR-3 expert choice, shared KV": 0.76}
 FLOP_GOALS = {"MoR-3 token choice": 1.03}
 MEMORY_GOAL = 0.80
+ROUTING_GOAL = 0.01  # of the CPU time of the model's own step
 
 Found = dict[str, Any]
 
@@ -37,7 +38,6 @@ class Worker:
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
-        self.ask()  # until it is ready
 
     def ask(self, command: str = "") -> Found:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -67,6 +67,8 @@ def measure(sizes: Sizes, rounds: int, threads: int, keep_freed_memory: bool) ->
             name: stack.enter_context(worker(Spec(name, sizes, threads, keep_freed_memory)))
             for name in MODELS
         }
+        for process in workers.values():
+            process.ask()  # until it is ready
         found: dict[str, Found] = {name: {"step": [], "forward": []} for name in MODELS}
         for turn in range(rounds):
             first = turn % len(MODELS)  # whatever comes before or after whom, not always the same
@@ -130,6 +132,7 @@ def goals(row: Found, found: dict[str, Found]) -> list[tuple[str, float, float]]
         wanted.append(("step / FLOP ratio", FLOP_GOALS[name], share))
     if name not in (VANILLA, LLAMA):
         wanted.append(("memory", MEMORY_GOAL, row["memory_ratio"]))
+        wanted.append(("routing", ROUTING_GOAL, row["routing_share"]))
     return wanted
 
 
@@ -153,7 +156,7 @@ def table(rows: list[Found]) -> str:
                 f"{row['memory'] / 1e6:.0f} MB, {row['memory_ratio']:.2f}",
                 f"{share:.2%}" if share else "",
                 "; ".join(
-                    f"{what} <= {bound:.2f}: {got:.3f}, {'yes' if got <= bound else '**no**'}"
+                    f"{what} <= {bound:g}: {got:.3g}, {'yes' if got <= bound else '**no**'}"
                     for what, bound, got in row["goals"]
                 ),
             ]
@@ -200,6 +203,11 @@ def commit() -> str:
     return f"{time.strftime('%Y-%m-%d')}, commit {git('rev-parse', '--short=12', 'HEAD')}{changed}"
 
 
+def models_section(result: dict[str, Any]) -> str:
+    """The JSON of a run as Markdown."""
+    return f"{result['conditions']}\n\n{table(judged(result['models']))}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Whole models against vanilla, as one table.")
     parser.add_argument("--rounds", type=int, default=7)
@@ -212,11 +220,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the times of all rounds go")
     options = parser.parse_args()
     setting = (Sizes(), options.rounds, options.threads, not options.default_allocator)
-    lines = conditions(*setting)
-    found = measure(*setting)
-    print(f"{lines}\n\n{table(judged(found))}")
+    result = {"conditions": conditions(*setting), "models": measure(*setting)}
+    print(models_section(result))
     if options.json:
-        options.json.write_text(json.dumps({"conditions": lines, "models": found}, indent=1))
+        options.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
