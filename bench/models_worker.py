@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor_ext.models import MoRConfig, MoRForCausalLM
+from mor_ext.training import keep_freed_memory, routing_shares
 
 LLAMA = "transformers Llama, SDPA"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -98,16 +102,12 @@ class Work:
             "forward_flops": flops(self.forward),
         }
         if self.rule:
-            from mor_ext.training import routing_shares
-
             found["depth"] = self.step().depth.float().mean().item()
             found["routing_share"] = sum(routing_shares(self.step).values())
         return found
 
 
 def llama(sizes: Sizes) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         **sizes.config(), tie_word_embeddings=True, attn_implementation="sdpa", dtype="float32"
     )
@@ -115,8 +115,6 @@ def llama(sizes: Sizes) -> torch.nn.Module:
 
 
 def ours(name: str, sizes: Sizes) -> torch.nn.Module:
-    from mor_ext.models import MoRConfig, MoRForCausalLM
-
     variant = VARIANTS[name]
     recursions = {"num_recursions": 3} if variant else {}
     return MoRForCausalLM(MoRConfig(**sizes.config(), **recursions, **variant))
@@ -127,8 +125,6 @@ def ours(name: str, sizes: Sizes) -> torch.nn.Module:
 
 def flops(call: Callable[[], Any]) -> int:
     """Of matrix products and attention; of attention those of visible (query, key) pairs alone."""
-    import mor_ext.ops  # noqa: F401
-
     aten, mor = torch.ops.aten, torch.ops.mor
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: causal_sdpa,
@@ -189,8 +185,6 @@ def timed(call: Callable[[], Any]) -> dict[str, float]:
 
 
 def main(spec: Spec) -> None:
-    from mor_ext.training import keep_freed_memory
-
     torch.set_num_threads(spec.threads)
     if spec.keep_freed_memory:
         keep_freed_memory()
