@@ -20,7 +20,16 @@ from mor_ext import ops
 from mor_ext.inference.cache import PagedKV
 from mor_ext.models.config import MoRConfig
 from mor_ext.models.layout import stages_of
-from mor_ext.nn import Attention, PackedKV, Recursion, RMSNorm, Rotary, SwiGLU, Tokens
+from mor_ext.nn import (
+    Attention,
+    PackedKV,
+    Recursion,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    Tokens,
+    linear_cross_entropy,
+)
 from mor_ext.nn.routers.router import Scorer
 
 
@@ -201,11 +210,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """nll and loss from normed hidden ``[total, hidden_size]`` and labels ``[total]``."""
         assert output.aux_loss is not None
         targets = labels.roll(-1).index_fill(0, tokens.cu_seqlens[1:].long() - 1, -100)
-        logits = F.linear(hidden, self.head_weight())
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
+        total = linear_cross_entropy(hidden, self.head_weight(), targets, num_items=1)
         count = (targets != -100).sum()
-        output.nll = total / count
+        output.nll = total / count.clamp(min=1)
         if num_items is None:
             output.loss = output.nll + output.aux_loss
         else:
