@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -19,7 +20,16 @@ from mor_ext import ops
 from mor_ext.inference.cache import PagedKV
 from mor_ext.models.config import MoRConfig
 from mor_ext.models.layout import stages_of
-from mor_ext.nn import Attention, PackedKV, Recursion, RMSNorm, Rotary, SwiGLU, Tokens
+from mor_ext.nn import (
+    Attention,
+    PackedKV,
+    Recursion,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    Tokens,
+    linear_cross_entropy,
+)
 from mor_ext.nn.routers.router import Scorer
 
 
@@ -64,6 +74,17 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                 stacklevel=2,
             )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> MoRForCausalLM:
+        """As in transformers, but a file that is cut short is a ValueError that says where."""
+        folder = pretrained_model_name_or_path
+        try:
+            return super().from_pretrained(folder, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{folder} must hold whole safetensors files, got {error}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal; what enters the residual stream is scaled by the depth, as in GPT-2."""
@@ -154,9 +175,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             kept = packing.keep(hidden, logits_to_keep)
             output.logits = F.linear(kept, self.head_weight())
-        output.stage_depth = packing.unpack(torch.stack(depths, dim=-1))
+        stage_depth = torch.stack(depths, dim=-1)  # [total, stages]
         # Every stage counts its applications; the layers that are not shared are no recursions.
-        output.depth = output.stage_depth.sum(-1, dtype=torch.int32) - self.config.unshared_layers
+        depth = stage_depth.sum(-1, dtype=torch.int32) - self.config.unshared_layers
+        output.depth = packing.unpack(depth)
+        output.stage_depth = packing.unpack(stage_depth)
         output.layers = packing.unpack(layers)
         return output.to_tuple() if return_dict is False else output
 
@@ -187,11 +210,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """nll and loss from normed hidden ``[total, hidden_size]`` and labels ``[total]``."""
         assert output.aux_loss is not None
         targets = labels.roll(-1).index_fill(0, tokens.cu_seqlens[1:].long() - 1, -100)
-        logits = F.linear(hidden, self.head_weight())
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
+        total = linear_cross_entropy(hidden, self.head_weight(), targets, num_items=1)
         count = (targets != -100).sum()
-        output.nll = total / count
+        output.nll = total / count.clamp(min=1)
         if num_items is None:
             output.loss = output.nll + output.aux_loss
         else:
@@ -208,11 +229,6 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes a PagedKV
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        inputs.pop("position_ids", None)  # follow from the mask
-        return inputs
 
 
 @dataclass
