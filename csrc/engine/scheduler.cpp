@@ -305,7 +305,11 @@ void Scheduler::finish(int64_t id) {
 }
 
 std::span<const uint8_t> Scheduler::depth(int64_t id) const {
-  const Sequence& sequence = *sequences_.at(id);
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) {
+    return {};
+  }
+  const Sequence& sequence = *found->second;
   return {sequence.depth.data(), static_cast<size_t>(sequence.done) * layout_.num_stages()};
 }
 

@@ -70,7 +70,8 @@ class Scheduler {
   void append(std::span<const int64_t> ids, std::span<const int32_t> tokens);
   void finish(int64_t id);
 
-  // [done, stages]: how often each token that the model has done went through each stage.
+  // [done, stages]: how often each token that the model has done went through each stage; none of
+  // a sequence that has not been taken in yet, or has finished.
   std::span<const uint8_t> depth(int64_t id) const;
 
   const BlockPool& pool() const { return pool_; }

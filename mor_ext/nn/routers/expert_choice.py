@@ -73,6 +73,15 @@ class ExpertChoiceRouter(Router):
         gate = self.alpha * ACTIVATIONS[self.activation](ops.gather_tokens(logits, rows))
         return active.select(rows, lengths, cu_seqlens, gate), loss
 
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        hidden = ops.gather_tokens(hidden, rows)
+        logits = predicted = self.scorers[depth](hidden).squeeze(1)
+        if self.predictors is not None:
+            predicted = self.predictors[depth](hidden).squeeze(1)
+        return predicted >= 0, self.alpha * ACTIVATIONS[self.activation](logits)
+
     def _loss(self, logits: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """chosen: int32 rows of the top-k among the logits ``[k]``."""
         loss = self.z_loss_coef * logits.square().mean()
