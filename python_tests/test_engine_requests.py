@@ -188,9 +188,11 @@ def test_nan_ends_its_own_request_alone(kv_strategy, seed):
     clean = Engine(model, max_batch=2, num_blocks=40, token_budget=8)
     prompts = [[1, 2, 3], [4] * 20, [5, 6]]
     expected = clean.generate(prompts, greedy(6), progress=False)
-    model.embed_tokens.weight.data[7] = float("nan")
+    used = {token for result in expected for token in result.prompt + result.tokens}
+    bad = min(set(range(50)) - used)
+    model.embed_tokens.weight.data[bad] = float("nan")
     engine = Engine(model, max_batch=2, num_blocks=40, token_budget=8)
-    poisoned = [prompts[0], [3, 7], [7] * 20, prompts[1], [3, 3, 7], prompts[2]]
+    poisoned = [prompts[0], [3, bad], [bad] * 20, prompts[1], [3, 3, bad], prompts[2]]
     results = engine.generate(poisoned, greedy(6), progress=False)
     for result in (results[1], results[2], results[4]):
         assert (result.finish_reason, result.tokens) == ("error", [])

@@ -251,8 +251,6 @@ class Engine:
         self.finished.append(request.result(reason, self._depth(request.number), error))
         self.scheduler.finish(request.number)
         del self.requests[request.number]
-        if error is not None:
-            self.pool.forget_nan()
 
     def _depth(self, number: int) -> list[int]:
         stages = self.scheduler.depth(number)  # [done, stages]

@@ -55,11 +55,6 @@ class KVPool:
         """``[num_blocks * 16, kv_heads, head_dim]`` each, the same memory."""
         return self.key.flatten(0, 1), self.value.flatten(0, 1)
 
-    def forget_nan(self) -> None:
-        """NaN that a sequence leaves in its blocks would show through the masks of the next one."""
-        for cache in (self.key, self.value):
-            cache.masked_fill_(cache.isnan(), 0)
-
 
 class PoolView(KVView):
     """What the rows of a pass see: each the lane of its sequence, stage and depth."""
