@@ -13,7 +13,11 @@ import torch
 import mor_ext
 
 ROOT = Path(__file__).parents[1]
-MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "mor_ext").rglob("*.py")}
+MODULES = {
+    str(path.relative_to(ROOT))
+    for pattern in ("*.py", "configs/*.yaml")
+    for path in (ROOT / "mor_ext").rglob(pattern)
+}
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:

@@ -141,7 +141,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         A loader may have read ahead of what was trained on, so it is the caller who knows.
 
         Raises:
-            ValueError: that was longer ago than this stream remembers, or is yet to come.
+            ValueError: that was longer ago than this stream remembers.
         """
         marks = [mark for mark in self._marks if mark.position <= position]
         if not marks:

@@ -3,9 +3,9 @@
 Each is a ``PreTrainedTokenizerFast``: ``save_pretrained`` writes ``tokenizer.json`` and
 ``tokenizer_config.json`` beside the model, and ``AutoTokenizer.from_pretrained`` reads them.
 
-One token, ``<|endoftext|>``, is bos, eos and padding at once, as for GPT-2: training puts it between
-documents, so that it both ends a text and is what a text begins after; padding is told by the
-attention mask alone. Encoding adds no token by itself.
+One token, ``<|endoftext|>``, is bos, eos and padding at once, as for GPT-2: training puts it
+between documents, so that it both ends a text and is what a text begins after; padding is told by
+the attention mask alone. Encoding adds no token by itself.
 """
 
 from __future__ import annotations
