@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mor_ext.models import MoRConfig, MoRForCausalLM
+from mor_ext.models.config import CHOICES
 from mor_ext.training import (
     Recipe,
     Text,
@@ -62,12 +63,19 @@ def test_mor_learns_more_of_shakespeare_than_byte_pairs():
     learns_more_than_byte_pairs(SHAKESPEARE.read_bytes())
 
 
-@pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared"])
+@pytest.mark.parametrize("routing", CHOICES["routing"])
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
 def test_every_variant_learns_one_batch(routing, kv_strategy):
     text = Text.split(b"the quick brown fox jumps over the lazy dog " * 4)
     torch.manual_seed(0)
-    model = shallow(hidden_size=48, num_attention_heads=3, routing=routing, kv_strategy=kv_strategy)
+    special = {"mixture_of_depths": {"num_recursions": 1}, "fixed_depth": {"fixed_depth": 2}}
+    model = shallow(
+        hidden_size=48,
+        num_attention_heads=3,
+        routing=routing,
+        kv_strategy=kv_strategy,
+        **special.get(routing, {}),
+    )
     losses = list(train(model, text, Recipe(50, 2, 40, learning_rate=1e-2)))
     assert losses[0] > 5 and losses[-1] < 1
 
