@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,17 +47,17 @@ from matplotlib import pyplot as plt
 
 RECURSIONS = 3
 COLOURS = ["#7f7f7f", "#2a9d8f", "#e9a820", "#e4572e"]  # by depth, from 0
-VANILLA = MoRConfig(
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.08,  # about hidden_size ** -0.5
-)
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.08,  # about hidden_size ** -0.5
+}
 MODELS = {
-    "MoR": replace(VANILLA, num_recursions=RECURSIONS, routing="expert_choice"),
-    "vanilla": VANILLA,
+    "MoR": MoRConfig(**SIZES, num_recursions=RECURSIONS, routing="expert_choice"),
+    "vanilla": MoRConfig(**SIZES),
 }
 # The better of 3e-3 and 5e-3 for each, on the default text: one rate could flatter one of them.
 LEARNING_RATES = {"MoR": 5e-3, "vanilla": 3e-3}

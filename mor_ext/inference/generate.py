@@ -1,13 +1,18 @@
 """Sampling token by token, each token as deep as its own router says."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mor_ext.inference.cache import PagedKV
-from mor_ext.models import MoRForCausalLM
+
+if TYPE_CHECKING:  # models make caches
+    from mor_ext.models import MoRForCausalLM
 
 
 @dataclass
@@ -45,7 +50,7 @@ def generate(
     for _ in range(max_new_tokens + 1):  # the last pass gives the last token its depth
         step = [parts[-1] for parts in tokens]  # what the model has not seen yet
         lengths = [len(part) for part in step]
-        output = model(torch.cat(step), lengths, causal=True, store=store)
+        output = model(torch.cat(step), lengths, cache=store)
         last = torch.tensor(lengths, device=output.logits.device).cumsum(0) - 1
         sampled = _sample(output.logits[last], temperature, generator)
         for b, depth in enumerate(output.depth.split(lengths)):

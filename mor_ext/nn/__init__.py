@@ -7,18 +7,28 @@ from mor_ext.nn.mlp import SwiGLU
 from mor_ext.nn.norm import RMSNorm
 from mor_ext.nn.recursion import Recursion
 from mor_ext.nn.rotary import Rotary
-from mor_ext.nn.router import ExpertChoiceRouter, Router, TokenChoiceRouter
+from mor_ext.nn.routers import (
+    ActionRouter,
+    ExpertChoiceRouter,
+    FixedDepthRouter,
+    RandomRouter,
+    Router,
+    TokenChoiceRouter,
+)
 from mor_ext.nn.tokens import Tokens, cu_seqlens_of
 
 __all__ = [
+    "ActionRouter",
     "Attention",
     "Block",
     "ExpertChoiceRouter",
+    "FixedDepthRouter",
     "KVStore",
     "KVView",
     "Layer",
     "PackedKV",
     "RMSNorm",
+    "RandomRouter",
     "Recursion",
     "Rotary",
     "Router",

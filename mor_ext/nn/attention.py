@@ -1,5 +1,6 @@
 """Grouped-query attention over packed tokens."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor_ext.nn.kv import KVView
@@ -25,12 +26,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, view: KVView) -> Tensor:  # [k, hidden_size]
         key = value = None
         if view.queries_only:
-            query = nn.functional.linear(x, self.qkv_proj.weight[: self.sizes[0]])
+            query = F.linear(x, self.qkv_proj.weight[: self.sizes[0]])
         else:
             query, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
             key, value = self._heads(key), self._heads(value)
         out = view.attend(self.layer, self._heads(query), key, value)
         return self.o_proj(out.flatten(1))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V ``[k, kv_heads, head_dim]`` of x ``[k, hidden_size]``, not rotated."""
+        key, value = F.linear(x, self.qkv_proj.weight[self.sizes[0] :]).chunk(2, dim=-1)
+        return self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:  # [k, heads * head_dim] to [k, heads, head_dim]
         return x.unflatten(-1, (-1, self.head_dim))

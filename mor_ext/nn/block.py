@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mor_ext.nn.attention import Attention
 from mor_ext.nn.kv import KVView
@@ -29,9 +30,17 @@ class Layer(nn.Module):
         rows = rows + self.attention(normed, view)
         return rows + self.mlp(self.mlp_norm(rows))  # [k, hidden_size]
 
+    def leave(self, hidden: Tensor, view: KVView) -> None:
+        """The K/V of the tokens that have exited, from their rows of hidden ``[N, hidden_size]``."""
+        assert view.exited is not None and view.exited.index is not None
+        _, normed = self.attention_norm.gather(hidden, view.exited.index)
+        view.keep(self.attention.layer, *self.attention.key_value(normed))
+
 
 class Block(nn.Module):
     """``f`` of the papers: layers one after the other, the residual stream included."""
+
+    gradient_checkpointing = False  # Hugging Face's name: layers are run again in the backward
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         super().__init__()
@@ -40,8 +49,17 @@ class Block(nn.Module):
         self.numbers = [layer.attention.layer for layer in layers]  # of its layers in the model
 
     def forward(self, hidden: Tensor, view: KVView, index: Tensor | None) -> Tensor:
-        """f of rows ``index`` of hidden: the first norm gathers them."""
+        """f of rows ``index`` of hidden: the first norm gathers them.
+
+        Tokens that the view calls exited leave every layer their K/V, from their rows of hidden.
+        """
+        if view.exited is not None:
+            for layer in self.layers:
+                layer.leave(hidden, view)
         for layer in self.layers:
-            hidden = layer(hidden, view, index)
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, view, index, use_reentrant=False)
+            else:
+                hidden = layer(hidden, view, index)
             index = None
         return hidden  # [k, hidden_size]

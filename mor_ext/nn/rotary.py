@@ -20,7 +20,7 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
         super().__init__()
         self.head_dim, self.max_positions, self.theta = head_dim, max_positions, theta
-        self._tabulate(torch.empty(0))
+        self.tabulate(torch.empty(0))
 
     def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """query, key ``[k, heads, head_dim]``, turned; positions int32 ``[k]``."""
@@ -29,7 +29,9 @@ class Rotary(nn.Module):
     def query(self, query: Tensor, positions: Tensor) -> Tensor:
         return self(query, query[:, :0], positions)[0]  # a key without heads
 
-    def _tabulate(self, like: Tensor) -> None:
+    def tabulate(self, like: Tensor | None = None) -> None:
+        """Computes the angles anew, for the device of ``like`` (of the tables there are)."""
+        like = self.cos if like is None else like
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
         position = torch.arange(self.max_positions, dtype=torch.float64)
         angle = torch.outer(position, self.theta**-exponent)
@@ -40,5 +42,5 @@ class Rotary(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         """Follows the model to another device or dtype, without rounding the angles."""
         super()._apply(fn, recurse)
-        self._tabulate(self.cos)
+        self.tabulate()
         return self

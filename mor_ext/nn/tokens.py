@@ -44,7 +44,11 @@ class Tokens:
         return Tokens(tuple(lengths), cu_seqlens, rows - start)
 
     def select(
-        self, rows: Tensor, lengths: Sequence[int], cu_seqlens: Tensor, gate: Tensor
+        self,
+        rows: Tensor,
+        lengths: Sequence[int],
+        cu_seqlens: Tensor,
+        gate: Tensor | None = None,
     ) -> Tokens:
         """Those of these tokens whose numbers (ascending, int32 ``[k]``) are in ``rows``."""
         index = rows if self.index is None else self.index[rows]

@@ -1,0 +1,100 @@
+"""Expert choice: each depth picks its tokens. With one depth of small capacity, Mixture-of-Depths."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mor_ext import ops
+from mor_ext.nn.routers.router import Router, Scorer, rows_where
+from mor_ext.nn.tokens import Tokens, cu_seqlens_of
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "identity": lambda logits: logits}
+
+
+class ExpertChoiceRouter(Router):
+    """Each depth picks its tokens (arXiv 2507.10524, section 2.2.1; arXiv 2404.02258).
+
+    At depth r a token still active has a logit from a scorer of that depth and the gate
+    ``alpha * activation(logit)``. In training depth r keeps the ``max(1, int(c_r * T))`` highest
+    logits of a sequence of T tokens; that choice looks at the whole sequence. The causal rule keeps
+    a token whose logit, or that of a predictor, is at least 0 (a probability of 0.5).
+
+    Args:
+        capacity: c_r, of the full sequence, one for each depth.
+        kind: of the scorers, see :class:`Scorer`.
+        activation: "sigmoid", "tanh" or "identity".
+        causal_rule: what learns to foresee the top-k, by a binary cross entropy: "aux_loss" the
+            logits themselves, "aux_router" scorers of their own that leave the hidden states alone,
+            "none" nothing; then there is no causal rule.
+        coef: of that cross entropy.
+        z_coef: of the mean of logit ** 2 (the z-loss of a single logit).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        capacity: tuple[float, ...],
+        kind: str = "linear",
+        activation: str = "sigmoid",
+        alpha: float = 0.1,
+        causal_rule: str = "aux_loss",
+        coef: float = 0.001,
+        z_coef: float = 0.0,
+        update: str = "output",
+    ) -> None:
+        super().__init__(update)
+        self.capacity = capacity
+        self.activation = activation
+        self.alpha = alpha
+        self.causal = causal_rule != "none"
+        self.coef = coef
+        self.z_coef = z_coef
+        self.scorers = nn.ModuleList(Scorer(kind, hidden_size, 1) for _ in capacity)
+        self.predictors = None
+        if causal_rule == "aux_router":
+            self.predictors = nn.ModuleList(Scorer(kind, hidden_size, 1) for _ in capacity)
+
+    def begin(self, hidden: Tensor, tokens: Tokens, causal: bool) -> tuple[int, ...] | None:
+        return None if causal else tokens.lengths  # the lengths that capacities refer to
+
+    def select(
+        self, depth: int, hidden: Tensor, active: Tokens, plan: tuple[int, ...] | None
+    ) -> tuple[Tokens, Tensor | None]:
+        logits = self.scorers[depth](hidden, active).squeeze(1)  # [k of the depth before]
+        predicted = logits
+        if self.predictors is not None:
+            predicted = self.predictors[depth](hidden.detach(), active).squeeze(1)
+        if plan is None:
+            rows, lengths, cu_seqlens = rows_where(predicted >= 0, active)
+            loss = None
+        else:
+            rows, lengths, cu_seqlens = top(self.capacity[depth], logits.detach(), active, plan)
+            loss = self._loss(logits, predicted, rows)
+        gate = self.alpha * ACTIVATIONS[self.activation](ops.gather_tokens(logits, rows))
+        return active.select(rows, lengths, cu_seqlens, gate), loss
+
+    def _loss(self, logits: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
+        """chosen: int32 rows of the top-k among the logits ``[k]``."""
+        loss = self.z_coef * logits.square().mean()
+        if self.causal:
+            member = torch.zeros_like(logits).index_fill(0, chosen.long(), 1.0)
+            loss = loss + self.coef * F.binary_cross_entropy_with_logits(predicted, member)
+        return loss
+
+
+def top(
+    capacity: float, scores: Tensor, active: Tokens, full: tuple[int, ...]
+) -> tuple[Tensor, list[int], Tensor]:
+    """The highest ``max(1, int(capacity * full))`` scores of each sequence.
+
+    Args:
+        scores: ``[k]``, of the active tokens.
+        full: the lengths of the sequences that capacity is a share of.
+
+    Returns rows (int32, ascending), how many of each sequence, and their cu_seqlens.
+    """
+    wanted = [max(1, int(capacity * length)) for length in full]
+    lengths = [min(k, have) for k, have in zip(wanted, active.lengths, strict=True)]
+    cu_seqlens = cu_seqlens_of(lengths, scores.device)
+    rows = ops.route_topk(scores, active.cu_seqlens, cu_seqlens, sum(lengths), active.max_seqlen)
+    return rows, lengths, cu_seqlens
