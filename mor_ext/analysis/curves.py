@@ -84,8 +84,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         axis.set_title(panel.title, fontsize=10, loc="left")
         axis.set_xlabel("step", fontsize=9)
         axis.set_ylabel(panel.unit, fontsize=9)
-        if len(curves) > 1:
-            axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False)
     for axis in axes[len(drawn) :]:
         axis.remove()
     return figure

@@ -12,9 +12,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from mor_ext.analysis.flops import stages_of
+from mor_ext.analysis.flops import is_routed, layout
 from mor_ext.analysis.rank import Correlation
-from mor_ext.analysis.style import GREY, LINES, OWN, depth_colours, new_figure
+from mor_ext.analysis.style import GREY, LINES, PLAIN, depth_colours, new_figure
 from mor_ext.models import MoRConfig
 
 FONT = FontProperties(family="monospace", size=8)
@@ -36,31 +36,31 @@ def draw_heat_map(
     Raises:
         ValueError: stage_depth is not of that shape.
     """
-    stages = stages_of(config)
+    stages = layout(config)
     if list(stage_depth.shape) != [len(texts), len(stages)]:
         raise ValueError(
             f"stage_depth must be [{len(texts)}, {len(stages)}] for these texts and this config, "
             f"got {list(stage_depth.shape)}"
         )
     rows, labels, first = [], [], 1
-    own = config.num_recursions + 1  # the colour of layers that do not recur
+    plain = config.num_recursions + 1  # the colour of layers that every token goes through once
     for depth, stage in zip(stage_depth.cpu().T, stages, strict=True):
-        unshared = stage.recursions < config.num_recursions
-        for application in range(1, stage.recursions + 1):
-            colour = own if unshared else application
+        routed = is_routed(stage) or stage.num_recursions > 1
+        for application in range(1, stage.num_recursions + 1):
+            colour = application if routed else plain
             rows.append(torch.where(depth >= application, colour, 0))  # [tokens]
-            last = first + stage.layers - 1
+            last = first + len(stage.block.layers) - 1
             labels.append(str(first) if first == last else f"{first}\u2013{last}")
             first = last + 1
     cells = torch.stack(rows)  # [applications, tokens]
 
     lines = max(1, -(-len(texts) // width))
     figure, axes = new_figure(14, lines * (0.42 + 0.16 * len(rows)) + 0.9, lines)
-    colours = [*depth_colours(config.num_recursions), OWN]
+    colours = [*depth_colours(config.num_recursions), PLAIN]
     for line, axis in enumerate(axes):
         part = slice(line * width, (line + 1) * width)
         _draw_strip(axis, cells[:, part], texts[part], labels, colours, width)
-    names = ["skipped", *(f"application {i}" for i in range(1, own)), "layer of its own"]
+    names = ["skipped", *(f"application {i}" for i in range(1, plain)), "not routed"]
     used = cells.unique().tolist()
     handles = [Patch(facecolor=colours[i], edgecolor="#999999", label=names[i]) for i in used]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(used), frameon=False)

@@ -12,7 +12,7 @@ left out, as in the model FLOPs of Chowdhery et al. (arXiv 2204.02311, appendix 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mor_ext.models import MoRConfig
+from mor_ext.models.layout import stages_of
+from mor_ext.nn import ActionRouter, ExpertChoiceRouter, Recursion, Router, TokenChoiceRouter
+from mor_ext.nn.routers.router import Scorer
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,13 @@ class Flops:
         return Flops(**{name: 3 * part for name, part in self.parts().items()})
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A block of layers that runs up to ``recursions`` times."""
-
-    layers: int
-    recursions: int
-    routed: bool
-
-
 def expected_flops(config: MoRConfig, length: int, shares: Sequence[float] | None = None) -> Flops:
     """Mean FLOPs per token of a forward pass over sequences of ``length`` tokens, fp64 ``[]``.
 
     Args:
         shares: of all tokens, those that go through a routed block at each depth,
             ``[num_recursions]``; they are taken to lie evenly over a sequence. None is what the
-            routing aims at: the capacities, in whole tokens as the training rule picks them;
-            depths in balance for token choice and the action router.
+            routing aims at, see :func:`aimed_shares`.
 
     Raises:
         ValueError: length below 1; shares outside of [0, 1], growing, or not one a recursion.
@@ -73,22 +66,19 @@ def expected_flops(config: MoRConfig, length: int, shares: Sequence[float] | Non
         raise ValueError(f"length must be at least 1, got {length}")
     n = config.num_recursions
     shares = aimed_shares(config, length) if shares is None else list(shares)
-    falling = all(a >= b for a, b in zip([1.0, *shares], [*shares, 0.0], strict=True))
-    if len(shares) != n or not falling:
+    if len(shares) != n or not all(
+        a >= b for a, b in zip([1.0, *shares], [*shares, 0.0], strict=True)
+    ):
         raise ValueError(f"shares must be {n} numbers from 1 down to 0, got {shares}")
     everyone = torch.ones((), dtype=torch.float64)
-    counter = _Counter(config, everyone)
-    for stage in stages_of(config):
-        active = [everyone * share for share in (shares if stage.routed else [1.0])]
-        before = everyone
-        for depth in range(stage.recursions):
-            visible = {"recursion_wise": active[depth], "frozen": everyone}.get(
-                config.kv_strategy, active[0]
-            )
-            pairs = active[depth] * (visible * length + 1) / 2
-            counter.add(stage, depth, active[depth], before, pairs)
-            before = active[depth]
-    return counter.flops
+    stages = layout(config)
+    active = [
+        [everyone * share for share in shares] if is_routed(stage) else [everyone] * n
+        for stage in stages
+    ]
+    return _count(
+        config, stages, everyone, active, lambda now, seen: now * (seen * length + 1) / 2
+    )
 
 
 def executed_flops(
@@ -96,7 +86,8 @@ def executed_flops(
 ) -> Flops:
     """FLOPs of the forward pass that gave ``stage_depth``, int64 ``[*shape]``.
 
-    A token's FLOPs are those of its own rows, and of its query with every key that it sees.
+    A token's FLOPs are those of its own rows, and of its query with every key that it sees. As in
+    evaluation, a depth that no token of the batch reaches costs nothing.
 
     Args:
         stage_depth: integers ``[*shape, stages]``, applications of each stage's block to each
@@ -108,7 +99,7 @@ def executed_flops(
     Raises:
         ValueError: a shape that does not fit the config or the lengths.
     """
-    stages = stages_of(config)
+    stages = layout(config)
     shape = stage_depth.shape[:-1]
     if lengths is None and len(shape) == 2:
         lengths = [shape[1]] * shape[0]
@@ -121,86 +112,122 @@ def executed_flops(
     sizes = torch.tensor(lengths, dtype=torch.long, device=depths.device)
     start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # [total], of a token's sequence
     everyone = torch.ones_like(depths[:, 0], dtype=torch.long)
-    counter = _Counter(config, everyone)
-    for number, stage in enumerate(stages):
-        active = [(depths[:, number] >= depth).long() for depth in range(stage.recursions + 1)]
-        for depth in range(stage.recursions):
-            if not active[depth].any():
-                break  # as the loop does
-            now = active[depth + 1]
-            visible = {"recursion_wise": now, "frozen": everyone}.get(config.kv_strategy, active[1])
-            pairs = now * _until(visible, start)
-            counter.add(stage, depth, now, active[depth], pairs)
-    return Flops(**{name: part.view(shape) for name, part in counter.flops.parts().items()})
-
-
-def stages_of(config: MoRConfig) -> list[Stage]:
-    """How the model lays out its layers; one for each of ``model.stages``."""
-    routed = config.routing != "none"
-    sequence = config.sharing.endswith("sequence")
-    blocks = [1] * config.shared_layers if sequence else [config.shared_layers]
-    stages = [Stage(layers, config.num_recursions, routed) for layers in blocks]
-    edge = [Stage(1, 1, False)] if config.unshared_layers else []
-    return [*edge, *stages, *edge]
+    active = [
+        [(depths[:, number] > depth).long() for depth in range(stage.num_recursions)]
+        for number, stage in enumerate(stages)
+    ]
+    flops = _count(
+        config, stages, everyone, active, lambda now, seen: now * _until(seen, start)
+    )
+    return Flops(**{name: part.view(shape) for name, part in flops.parts().items()})
 
 
 def aimed_shares(config: MoRConfig, length: int) -> list[float]:
-    """Shares of tokens by depth that a routing aims at; see :func:`expected_flops`."""
+    """Shares of tokens that go through a routed block at each depth, as the routing aims at.
+
+    The capacities, in whole tokens as the training rule picks them; every depth (token choice) or
+    every action equally often; everyone up to a fixed depth.
+    """
     n = config.num_recursions
-    if config.routing == "none":
-        return [1.0] * n
-    if config.routing == "token_choice":
-        return [(n - r) / n for r in range(n)]
-    capacity = config.capacity or [(n - r) / n for r in range(n)]
-    kept = [max(1, int(c * length)) / length for c in capacity]
-    return [min(kept[: r + 1]) for r in range(n)]
+    match config.routing:
+        case "token_choice":
+            return [(n - r) / n for r in range(n)]
+        case "action":
+            return [(n - r) / (n + 1) for r in range(n)]
+        case "fixed_depth":
+            return [float(r < (config.fixed_depth or 0)) for r in range(n)]
+        case "none":
+            return [1.0] * n
+    assert isinstance(config.capacity, tuple)
+    kept = [max(1, int(capacity * length)) / length for capacity in config.capacity]
+    return [min(kept[: r + 1]) for r in range(n)]  # of those of the depth before
 
 
-class _Counter:
-    """Adds up the work of blocks; ``everyone`` has a 1 for each token, in the shape of results."""
+def layout(config: MoRConfig) -> list[Recursion]:
+    """The stages of a model of this config, without memory for their weights."""
+    with torch.device("meta"):
+        return list(stages_of(config))
 
-    def __init__(self, config: MoRConfig, everyone: Tensor) -> None:
-        self.config = config
-        self.everyone = everyone
-        zero = torch.zeros_like(everyone)
-        head = everyone * (2 * config.hidden_size * config.vocab_size)
-        self.flops = Flops(head, zero, zero, zero, zero)
 
-    def add(self, stage: Stage, depth: int, now: Tensor, before: Tensor, pairs: Tensor) -> None:
-        """A stage at a depth (from 0).
+def is_routed(stage: Recursion) -> bool:
+    return type(stage.router) is not Router
 
-        now: 1 for each token that goes through the block, or the share of those that do.
-        before: the same of the depth before, everyone at depth 0.
-        pairs: keys that each token's query sees.
-        """
-        config, flops = self.config, self.flops
-        d, width = config.hidden_size, config.num_attention_heads * config.head_dim
-        kv_width = 2 * config.num_key_value_heads * config.head_dim
-        # Those that have just left leave their K/V for all later depths.
-        keys = before if config.kv_strategy == "frozen" else now
-        if config.kv_strategy == "shared" and depth > 0:
-            keys = torch.zeros_like(now)
-        row = 2 * d * 2 * width  # query and output
-        projections = stage.layers * (row * now + 2 * d * kv_width * keys)
-        self.flops = Flops(
-            flops.head,
-            flops.projections + projections,
-            flops.attention + stage.layers * 4 * width * pairs,
-            flops.mlp + stage.layers * 2 * 3 * d * config.intermediate_size * now,
-            flops.router + self._router(stage, depth, before),
-        )
 
-    def _router(self, stage: Stage, depth: int, before: Tensor) -> Tensor:
-        d = self.config.hidden_size
-        zero = torch.zeros_like(before)
-        if not stage.routed:
-            return zero
-        if self.config.routing == "token_choice":  # once, at the entry
-            return 2 * d * stage.recursions * self.everyone if depth == 0 else zero
-        return 2 * d * self.everyone
+def _count(
+    config: MoRConfig,
+    stages: Sequence[Recursion],
+    everyone: Tensor,
+    active: Sequence[Sequence[Tensor]],
+    pairs: Callable[[Tensor, Tensor], Tensor],
+) -> Flops:
+    """Follows the loop of :class:`Recursion`.
+
+    Args:
+        everyone: ones, in the shape of the result.
+        active: by stage and depth, 1 for each token that goes through, or the share of those.
+        pairs: from the tokens that query and those that have keys to the visible pairs.
+    """
+    d, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_width = 2 * config.num_key_value_heads * config.head_dim
+    zero = torch.zeros_like(everyone)
+    projections = attention = mlp = router = zero
+    for stage, now_at in zip(stages, active, strict=True):
+        layers, before = len(stage.block.layers), everyone
+        for depth in range(stage.num_recursions):
+            now = now_at[depth]
+            router = router + _router(stage.router, depth, everyone, before)
+            if not now.any():
+                break
+            keys, seen = _keys(config.kv_strategy, depth, now, before, everyone, now_at[0])
+            projections = projections + layers * 2 * d * (2 * width * now + kv_width * keys)
+            attention = attention + layers * 4 * width * pairs(now, seen)
+            mlp = mlp + layers * 6 * d * config.intermediate_size * now
+            before = now
+    return Flops(2 * d * config.vocab_size * everyone, projections, attention, mlp, router)
+
+
+def _keys(
+    strategy: str | None, depth: int, now: Tensor, before: Tensor, everyone: Tensor, first: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens whose K/V are computed at a depth, and those whose K/V are seen there."""
+    match strategy:
+        case "shared":
+            return (now if depth == 0 else torch.zeros_like(now)), first
+        case "hybrid":
+            return now, first
+        case "frozen":  # those that have just left leave theirs for all later depths
+            return before, everyone
+    return now, now
+
+
+def _router(router: Router, depth: int, everyone: Tensor, before: Tensor) -> Tensor:
+    """A router's products at a depth; ``before`` are the tokens that it chooses from."""
+    entry = everyone if depth == 0 else torch.zeros_like(everyone)  # chosen once
+    match router:
+        case ExpertChoiceRouter():
+            flops = _scorer(router.scorers[depth], everyone, before)
+            if router.predictors is not None:
+                flops = flops + _scorer(router.predictors[depth], everyone, before)
+            return flops
+        case TokenChoiceRouter():
+            return _scorer(router.scorer, entry, entry)
+        case ActionRouter():
+            return 2 * (router.up.weight.numel() + router.down.weight.numel()) * entry
+        case _ if any(True for _ in router.parameters()):
+            raise ValueError(f"router must be one whose products are counted, got {router}")
+    return torch.zeros_like(everyone)
+
+
+def _scorer(scorer: Scorer, everyone: Tensor, chosen_from: Tensor) -> Tensor:
+    if scorer.up is None:  # linear: every row, for that is cheaper than a gather before it
+        return 2 * scorer.weight.numel() * everyone
+    return 2 * (scorer.up.weight.numel() + scorer.weight.numel()) * chosen_from
 
 
 def _until(mask: Tensor, start: Tensor) -> Tensor:
-    """How many ones of mask ``[total]`` each token's sequence has up to the token, itself too."""
+    """How many ones of mask ``[total]`` each token's sequence has up to the token, itself too.
+
+    start: int64 ``[total]``, the first row of each token's sequence.
+    """
     counted = F.pad(mask.cumsum(0), (1, 0))
     return counted[1:] - counted[start]

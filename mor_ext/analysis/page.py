@@ -76,8 +76,8 @@ class Picture:
 
     def html(self) -> str:
         data = base64.b64encode(png(self.figure)).decode()
-        narrow = ' class="narrow"' if self.figure.get_figwidth() < 9 else ""
-        image = f'<img{narrow} alt="{escape(self.title)}" src="data:image/png;base64,{data}">'
+        width = "narrow" if self.figure.get_figwidth() < 9 else "wide"
+        image = f'<img class="{width}" alt="{escape(self.title)}" src="data:image/png;base64,{data}">'
         caption = f'<figcaption class="faint">{escape(self.caption)}</figcaption>'
         return f"<figure>{image}{caption if self.caption else ''}</figure>"
 

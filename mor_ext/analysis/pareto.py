@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -74,6 +75,7 @@ def draw_pareto(points: Sequence[Point], compute: str, quality: str) -> Figure:
                 fontsize=8,
             )
     axis.margins(0.12)
+    axis.xaxis.set_major_formatter(EngFormatter())
     axis.set(xlabel=compute, ylabel=quality)
     axis.legend(fontsize=9, frameon=False)
     return figure
@@ -89,7 +91,7 @@ def pareto_table(points: Sequence[Point], compute: str, quality: str) -> Table:
         table.add_row(
             point.run,
             point.setting,
-            f"{point.compute:,.4g}",
+            EngFormatter(places=3)(point.compute),
             f"{point.quality:.4f}",
             "*" if best else "",
         )

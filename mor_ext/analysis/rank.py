@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,7 +18,9 @@ class Correlation:
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.rho:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {self.tokens:,} tokens"
+        return (
+            f"{self.rho:+.3f} (95 %: {self.low:+.3f} to {self.high:+.3f}; {self.tokens:,} tokens)"
+        )
 
 
 def correlate(
@@ -26,8 +29,8 @@ def correlate(
     """Spearman's rank correlation of two numbers per token, such as depth and loss.
 
     The interval is the bootstrap's percentile interval over whole sequences: tokens of one text
-    are alike, so that drawing them one by one would make it too narrow. It is NaN for a single
-    sequence.
+    are alike, so that drawing them one by one would make it too narrow. More than 64 sequences are
+    drawn as 64 runs of neighbours, which bounds the work. It is NaN for a single sequence.
 
     Args:
         x, y: ``[batch, length]``, or packed ``[total]`` with ``lengths``; a token where either is
@@ -45,34 +48,36 @@ def correlate(
             f"got {list(x.shape)}, {list(y.shape)} and lengths {lengths}"
         )
     x, y = x.flatten().double().cpu(), y.flatten().double().cpu()
-    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     known = ~(x.isnan() | y.isnan())
-    x, y, sequence = x[known], y[known], sequence[known]
-    groups = [values.unique(return_inverse=True)[1] for values in (x, y)]
+    count = min(64, len(lengths))
+    run = torch.arange(len(lengths)) * count // max(1, len(lengths))
+    run = run.repeat_interleave(torch.tensor(lengths, dtype=torch.long))[known]  # [n], < count
+    below = [_below(values[known], run, count) for values in (x, y)]
 
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(lengths), (samples, len(lengths)), generator=generator)
-    resampled = torch.stack(
-        [_spearman(*groups, row.bincount(minlength=len(lengths)).double()[sequence]) for row in drawn]
-    )
-    low, high = resampled.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    if len(lengths) < 2:
-        low = high = float("nan")
-    return Correlation(_spearman(*groups, torch.ones_like(x)).item(), low, high, len(x))
-
-
-def mean_ranks(group: Tensor, weight: Tensor) -> Tensor:
-    """Ranks from 1 of values of which there are ``weight`` each; equal ones share their mean.
-
-    group: int64 ``[n]``, the number of each value among the distinct values in ascending order.
-    """
-    size = torch.zeros_like(weight).index_add(0, group, weight)
-    return (size.cumsum(0) - (size - 1) / 2)[group]
+    once = torch.ones(1, count, dtype=torch.float64)
+    rho = _spearman(below, run, once).item()
+    low = high = float("nan")
+    if count > 1:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(count, (samples, count), generator=generator)
+        times = F.one_hot(drawn, count).sum(dim=1).double()  # [samples, runs]
+        rhos = torch.cat([_spearman(below, run, part) for part in times.split(32)])
+        low, high = rhos.nanquantile(rhos.new_tensor([0.025, 0.975])).tolist()
+    return Correlation(rho, low, high, len(run))
 
 
-def _spearman(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Of values given by their groups, each counted ``weight`` times."""
-    ranks = torch.stack([mean_ranks(x, weight), mean_ranks(y, weight)])
-    centred = ranks - (ranks * weight).sum(dim=1, keepdim=True) / weight.sum()
-    covariance = (centred * weight) @ centred.T
-    return covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt()
+def _below(values: Tensor, run: Tensor, count: int) -> Tensor:
+    """fp64 ``[n, count]``: how many values of each run are below each value, equal ones half."""
+    distinct, group = values.unique(return_inverse=True)
+    size = torch.zeros(len(distinct), count, dtype=torch.float64)
+    size.index_put_((group, run), torch.ones_like(values), accumulate=True)
+    return (size.cumsum(dim=0) - size / 2)[group]
+
+
+def _spearman(below: Sequence[Tensor], run: Tensor, times: Tensor) -> Tensor:
+    """``[samples]``, with each run there ``times`` (fp64 ``[samples, count]``) times."""
+    weight = times.T[run]  # [n, samples]
+    # The rank of a value is 1/2 more than what is below it: equal ones share their mean rank.
+    x, y = (part @ times.T + 0.5 - (weight.sum(dim=0) + 1) / 2 for part in below)  # centred
+    covariance, *variances = ((a * b * weight).sum(dim=0) for a, b in ((x, y), (x, x), (y, y)))
+    return covariance / (variances[0] * variances[1]).sqrt()

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP"  # shapes too tell runs apart
 GREY = "#6b6b6b"
-SKIPPED = "#ececf0"  # depth 0
-OWN = "#b4b4bd"  # layers that do not recur
+SKIPPED = "#f1f1f4"  # depth 0
+PLAIN = "#b4b4bd"  # where nothing is routed
 
 
 def depth_colours(depths: int) -> list[str]:
-    """Hex colours of depths 0 to ``depths``: neutral, then light to dark (viridis)."""
-    steps = [0.92 - 0.72 * i / max(1, depths - 1) for i in range(depths)]
-    return [SKIPPED, *(to_hex(colormaps["viridis"](step)) for step in steps)]
+    """Hex colours of depths 0 to ``depths``: neutral, then light to dark (YlGnBu)."""
+    steps = [0.3 + 0.6 * i / max(1, depths - 1) for i in range(depths)]
+    return [SKIPPED, *(to_hex(colormaps["YlGnBu"](step)) for step in steps)]
 
 
 def ink(background: str) -> str:
