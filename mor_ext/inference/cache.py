@@ -39,6 +39,7 @@ class PagedKV:
         self.length = 0  # the most tokens that a sequence has had
         self.room = 0
         self.past = torch.zeros(batch, dtype=torch.int32, device=weight.device)
+        assert config.num_key_value_heads is not None and config.head_dim is not None
         entry = (BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
         self.lanes: list[list[Lanes]] = []  # [stage][depth]
         self.last: PagedView | PagedCarriedView | None = None  # of the depth before
@@ -100,7 +101,7 @@ class Lanes:
 
     def __init__(self, layers: list[int], batch: int, entry: tuple[int, ...], like: Tensor) -> None:
         empty = like.new_zeros(0, *entry)
-        self.caches = {layer: (empty, empty) for layer in layers}
+        self.caches = dict.fromkeys(layers, (empty, empty))
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=like.device)  # entries
         self.block_table = self.seqlens.new_zeros(batch, 0)  # [batch, blocks of a lane]
 
@@ -143,9 +144,7 @@ class Lanes:
         return out
 
 
-class PagedView:
-    exited = None
-
+class PagedView(KVView):
     def __init__(
         self, rotary: Rotary, active: Tokens, lanes: Lanes, first: "PagedView | None" = None
     ) -> None:

@@ -24,7 +24,7 @@ CHOICES = {
     "causal_rule": ("aux_loss", "aux_router", "none"),
     "balancing": ("loss", "bias"),
     "gate_at": ("each", "last"),
-    "update": ("output", "delta"),
+    "router_update": ("output", "delta"),
 }
 ACTIVATIONS = {  # those of a routing, where it has any
     "expert_choice": ("sigmoid", "tanh", "identity"),
@@ -41,15 +41,20 @@ EXPERT_CHOICE: dict[str, Any] = {
     "causal_rule": "aux_loss",
     "router_loss_coef": 0.001,
     "router_z_loss_coef": 0.0,
-    "update": "output",
+    "router_update": "output",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "none": {"update": "delta"},
-    "fixed_depth": {"fixed_depth": None, "update": "delta"},
+    "none": {"router_update": "delta"},
+    "fixed_depth": {"fixed_depth": None, "router_update": "delta"},
     "expert_choice": EXPERT_CHOICE,
     "mixture_of_depths": EXPERT_CHOICE
-    | {"router_activation": "identity", "router_alpha": 1.0, "update": "delta", "capacity": 0.125},
-    "random": {"capacity": None, "router_alpha": 0.1, "update": "output"},
+    | {
+        "capacity": 0.125,
+        "router_activation": "identity",
+        "router_alpha": 1.0,
+        "router_update": "delta",
+    },
+    "random": {"capacity": None, "router_alpha": 0.1, "router_update": "output"},
     "token_choice": {
         "router_kind": "linear",
         "router_activation": "softmax",
@@ -126,7 +131,7 @@ class MoRConfig(PreTrainedConfig):
     balancing: str | None = None
     bias_update_rate: float | None = None
     gate_at: str | None = None
-    update: str | None = None  # see nn/routers/router.py
+    router_update: str | None = None  # see nn/routers/router.py
     gumbel_temperature: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -134,9 +139,8 @@ class MoRConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         unknown = [name for name in kwargs if not _known_to_transformers(name)]
         if unknown:
-            valid = [
-                f.name for f in dataclasses.fields(self) if f.name in type(self).__annotations__
-            ]
+            own = type(self).__annotations__
+            valid = [field.name for field in dataclasses.fields(self) if field.name in own]
             raise ValueError(
                 f"{unknown[0]} must be a field of MoRConfig ({', '.join(valid)}), "
                 f"got {kwargs[unknown[0]]!r}"

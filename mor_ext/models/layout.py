@@ -1,8 +1,9 @@
 """From a config to the stages of a model: the sharing rules, and the router of each stage."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from mor_ext.models.config import MoRConfig
+from mor_ext.models.config import SETTINGS, MoRConfig
 from mor_ext.nn import (
     ActionRouter,
     Attention,
@@ -54,39 +55,19 @@ def _layer(number: int, config: MoRConfig) -> Layer:
 
 
 def _router(config: MoRConfig) -> Router:
-    c = config
-    match c.routing:
+    """Routers name their arguments as the config does, without ``router_``."""
+    settings: dict[str, Any] = {
+        name.removeprefix("router_"): getattr(config, name) for name in SETTINGS[config.routing]
+    }
+    match config.routing:
         case "expert_choice" | "mixture_of_depths":
-            return ExpertChoiceRouter(
-                c.hidden_size,
-                c.capacity,
-                c.router_kind,
-                c.router_activation,
-                c.router_alpha,
-                c.causal_rule,
-                c.router_loss_coef,
-                c.router_z_loss_coef,
-                c.update,
-            )
+            return ExpertChoiceRouter(config.hidden_size, **settings)
         case "token_choice":
-            return TokenChoiceRouter(
-                c.hidden_size,
-                c.num_recursions,
-                c.router_kind,
-                c.router_activation,
-                c.router_alpha,
-                c.balancing,
-                c.router_loss_coef,
-                c.bias_update_rate,
-                c.gate_at,
-                c.router_z_loss_coef,
-            )
+            return TokenChoiceRouter(config.hidden_size, config.num_recursions, **settings)
         case "action":
-            return ActionRouter(
-                c.hidden_size, c.num_recursions, c.router_loss_coef, c.gumbel_temperature
-            )
+            return ActionRouter(config.hidden_size, config.num_recursions, **settings)
         case "random":
-            return RandomRouter(c.capacity, c.router_alpha, c.update)
+            return RandomRouter(**settings)
         case "fixed_depth":
-            return FixedDepthRouter(c.fixed_depth, c.update)
-    return Router(c.update)
+            return FixedDepthRouter(**settings)
+    return Router(**settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from mor_ext import ops
 from mor_ext.inference.cache import PagedKV
 from mor_ext.models.config import MoRConfig
 from mor_ext.models.layout import stages_of
-from mor_ext.nn import Attention, PackedKV, RMSNorm, Rotary, SwiGLU, Tokens
+from mor_ext.nn import Attention, PackedKV, Recursion, RMSNorm, Rotary, SwiGLU, Tokens
 from mor_ext.nn.routers.router import Scorer
 
 
@@ -56,7 +56,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         theta = config.rope_parameters["rope_theta"]
         self.rotary = Rotary(config.head_dim, config.max_position_embeddings, theta)
-        self.causal = all(stage.router.causal for stage in self.stages)
+        self.causal = all(stage.router.causal for stage in self.recursions())
         if not self.causal:
             warnings.warn(
                 "this model has no causal rule (causal_rule 'none'): evaluation looks at whole "
@@ -138,11 +138,13 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
         hidden = packing.pack(embeds)  # [total, hidden_size]
         depths = []
+        layers = torch.zeros_like(tokens.positions)
         aux_loss = hidden.new_zeros(())
-        for number, stage in enumerate(self.stages):
+        for number, stage in enumerate(self.recursions()):
             passed = stage(hidden, tokens, store, number, causal)
             hidden = passed.hidden
             depths.append(passed.depth)
+            layers = layers + len(stage.block.layers) * passed.depth
             aux_loss = aux_loss + passed.loss
         hidden = self.norm(hidden)
 
@@ -155,9 +157,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         output.stage_depth = packing.unpack(torch.stack(depths, dim=-1))
         # Every stage counts its applications; the layers that are not shared are no recursions.
         output.depth = output.stage_depth.sum(-1, dtype=torch.int32) - self.config.unshared_layers
-        sizes = [len(stage.block.layers) for stage in self.stages]
-        output.layers = sum(output.stage_depth[..., i] * size for i, size in enumerate(sizes))
+        output.layers = packing.unpack(layers)
         return output.to_tuple() if return_dict is False else output
+
+    def recursions(self) -> Iterator[Recursion]:
+        """The stages, typed."""
+        for stage in self.stages:
+            assert isinstance(stage, Recursion)
+            yield stage
 
     def head_weight(self) -> Tensor:
         """``[vocab_size, hidden_size]``; tied embeddings are one parameter, so they stay tied."""
@@ -166,7 +173,7 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
 
     def update_routers(self) -> None:
         """To be called after every optimizer step: what routers learn without a gradient."""
-        for stage in self.stages:
+        for stage in self.recursions():
             stage.router.after_step()
 
     def _score(

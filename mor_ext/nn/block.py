@@ -31,7 +31,7 @@ class Layer(nn.Module):
         return rows + self.mlp(self.mlp_norm(rows))  # [k, hidden_size]
 
     def leave(self, hidden: Tensor, view: KVView) -> None:
-        """The K/V of the tokens that have exited, from their rows of hidden ``[N, hidden_size]``."""
+        """K/V of the tokens that have exited, from their rows of hidden ``[N, hidden_size]``."""
         assert view.exited is not None and view.exited.index is not None
         _, normed = self.attention_norm.gather(hidden, view.exited.index)
         view.keep(self.attention.layer, *self.attention.key_value(normed))
@@ -55,6 +55,7 @@ class Block(nn.Module):
         """
         if view.exited is not None:
             for layer in self.layers:
+                assert isinstance(layer, Layer)
                 layer.leave(hidden, view)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:

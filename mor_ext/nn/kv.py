@@ -3,9 +3,9 @@
 A layer sees only a :class:`KVView`. What a query sees at a depth, always up to its own position:
 
 * recursion_wise: the tokens active at that depth (arXiv 2507.10524, section 2.2.2).
-* shared: the K/V of depth 1, computed once by the tokens active there; every deeper depth computes
-  queries only (same section).
-* hybrid: the tokens active at depth 1, each with the K/V of the deepest depth it has reached so far.
+* shared: the tokens active at depth 1, whose K/V are computed once, there; every deeper depth
+  computes queries only (same section).
+* hybrid: the tokens active at depth 1, each with the K/V of the last depth it reached.
 * frozen: every token; one that has gone no further leaves the K/V that each layer of the block
   makes of its exit state (Mo2BERTa-v2; the skip router's "skipped tokens still write K/V").
 
@@ -25,20 +25,20 @@ from mor_ext.nn.tokens import Tokens
 CARRIED = ("hybrid", "frozen")
 
 
-class KVView(Protocol):
+class KVView:
     """The K/V of every layer of a block at one depth."""
 
-    queries_only: bool  # the K/V are there already: a layer computes queries only
-    exited: Tokens | None  # tokens whose K/V the block computes, from their rows, and ``keep``s
+    queries_only = False  # the K/V are there already: a layer computes queries only
+    exited: Tokens | None = None  # tokens whose K/V the block is to hand over, to ``keep``
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """Rotates query ``[k, heads, head_dim]`` and key, keeps what later depths or steps need,
         and returns the attention's output ``[k, heads, head_dim]``."""
-        ...
+        raise NotImplementedError
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Takes the K/V ``[e, kv_heads, head_dim]`` of the exited tokens, before ``attend``."""
-        ...
+        raise NotImplementedError
 
 
 class KVStore(Protocol):
@@ -82,10 +82,8 @@ class PackedKV:
         return self.last
 
 
-class PackedView:
+class PackedView(KVView):
     """Active tokens that see each other, or the K/V of the view of depth 1."""
-
-    exited = None
 
     def __init__(self, rotary: Rotary, active: Tokens, first: "PackedView | None" = None) -> None:
         self.rotary = rotary
@@ -161,10 +159,8 @@ def carry(strategy: str, tokens: Tokens, active: Tokens, before: object) -> Carr
     return Carried(tokens, active, exited, last)
 
 
-class CarriedView:
+class CarriedView(KVView):
     """Active tokens that see every listed one up to themselves."""
-
-    queries_only = False
 
     def __init__(self, rotary: Rotary, carried: Carried) -> None:
         self.rotary = rotary

@@ -33,18 +33,22 @@ class ActionRouter(Router):
     that a token does not take are not computed, and give it no gradient. The causal rule, and
     evaluation, take the arg max; a depth depends on its own token only.
 
-    The loss is ``coef * E``, E = the mean of applications of a token, sum_a a * y_a.
+    The loss is ``loss_coef * E``, E = the mean of applications of a token, sum_a a * y_a.
 
     Args:
-        tau: temperature of the Gumbel-softmax.
+        gumbel_temperature: of the Gumbel-softmax.
     """
 
     def __init__(
-        self, hidden_size: int, num_recursions: int, coef: float = 0.1, tau: float = 1.0
+        self,
+        hidden_size: int,
+        num_recursions: int,
+        loss_coef: float = 0.1,
+        gumbel_temperature: float = 1.0,
     ) -> None:
         super().__init__("delta")
-        self.coef = coef
-        self.tau = tau
+        self.loss_coef = loss_coef
+        self.gumbel_temperature = gumbel_temperature
         self.num_recursions = num_recursions
         self.up = nn.Linear(hidden_size, WIDTH)
         self.down = nn.Linear(WIDTH, num_recursions + 1)
@@ -54,12 +58,12 @@ class ActionRouter(Router):
         if causal:
             action = F.one_hot(logits.argmax(dim=-1), logits.shape[1]).to(logits.dtype)
         else:
-            action = F.gumbel_softmax(logits, self.tau, hard=True)
+            action = F.gumbel_softmax(logits, self.gumbel_temperature, hard=True)
         # gates[:, r]: the action is to apply the block more than r times.
         gates = action.flip(-1).cumsum(-1).flip(-1)[:, 1:]
         depth = (gates.detach() > 0.5).sum(dim=-1, dtype=torch.int32)
         index, cu_seqlens = ops.compact_depth(depth, tokens.cu_seqlens, self.num_recursions)
-        loss = self.coef * gates.sum() / max(1, tokens.total)
+        loss = self.loss_coef * gates.sum() / max(1, tokens.total)
         return ActionPlan(tokens, gates, index, cu_seqlens, cu_seqlens.diff().tolist(), loss)
 
     def select(

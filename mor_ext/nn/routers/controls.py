@@ -49,16 +49,16 @@ class RandomRouter(Router):
 
 
 class FixedDepthRouter(Router):
-    """Every token takes the same ``depth`` of the recursions there are."""
+    """Every token takes the same ``fixed_depth`` of the recursions there are."""
 
-    def __init__(self, depth: int, update: str = "delta") -> None:
+    def __init__(self, fixed_depth: int, update: str = "delta") -> None:
         super().__init__(update)
-        self.depth = depth
+        self.fixed_depth = fixed_depth
 
     def select(
         self, depth: int, hidden: Tensor, active: Tokens, plan: None
     ) -> tuple[Tokens, Tensor | None]:
-        return (active, None) if depth < self.depth else (nobody(active), None)
+        return (active, None) if depth < self.fixed_depth else (nobody(active), None)
 
 
 def nobody(active: Tokens) -> Tokens:

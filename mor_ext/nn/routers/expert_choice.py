@@ -1,4 +1,4 @@
-"""Expert choice: each depth picks its tokens. With one depth of small capacity, Mixture-of-Depths."""
+"""Expert choice: each depth picks its tokens; with one depth of small capacity, MoD."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ class ExpertChoiceRouter(Router):
         causal_rule: what learns to foresee the top-k, by a binary cross entropy: "aux_loss" the
             logits themselves, "aux_router" scorers of their own that leave the hidden states alone,
             "none" nothing; then there is no causal rule.
-        coef: of that cross entropy.
-        z_coef: of the mean of logit ** 2 (the z-loss of a single logit).
+        loss_coef: of that cross entropy.
+        z_loss_coef: of the mean of logit ** 2 (the z-loss of a single logit).
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class ExpertChoiceRouter(Router):
         activation: str = "sigmoid",
         alpha: float = 0.1,
         causal_rule: str = "aux_loss",
-        coef: float = 0.001,
-        z_coef: float = 0.0,
+        loss_coef: float = 0.001,
+        z_loss_coef: float = 0.0,
         update: str = "output",
     ) -> None:
         super().__init__(update)
@@ -47,8 +47,8 @@ class ExpertChoiceRouter(Router):
         self.activation = activation
         self.alpha = alpha
         self.causal = causal_rule != "none"
-        self.coef = coef
-        self.z_coef = z_coef
+        self.loss_coef = loss_coef
+        self.z_loss_coef = z_loss_coef
         self.scorers = nn.ModuleList(Scorer(kind, hidden_size, 1) for _ in capacity)
         self.predictors = None
         if causal_rule == "aux_router":
@@ -75,10 +75,10 @@ class ExpertChoiceRouter(Router):
 
     def _loss(self, logits: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """chosen: int32 rows of the top-k among the logits ``[k]``."""
-        loss = self.z_coef * logits.square().mean()
+        loss = self.z_loss_coef * logits.square().mean()
         if self.causal:
             member = torch.zeros_like(logits).index_fill(0, chosen.long(), 1.0)
-            loss = loss + self.coef * F.binary_cross_entropy_with_logits(predicted, member)
+            loss = loss + self.loss_coef * F.binary_cross_entropy_with_logits(predicted, member)
         return loss
 
 

@@ -39,13 +39,16 @@ class TokenChoiceRouter(Router):
     Args:
         kind: of the scorer, see :class:`Scorer`.
         activation: "softmax" or "sigmoid".
-        balancing: "loss" adds ``coef * sum_r f_r P_r``, f_r = num_recursions * share of tokens of
-            depth r, P_r = mean of g_r, normalised over the depths. "bias" (arXiv 2408.15664) adds
+        balancing: "loss" adds ``loss_coef * sum_r f_r P_r``, f_r = num_recursions * share of tokens
+            of depth r, P_r = mean of g_r, normalised over the depths. "bias" (arXiv 2408.15664) adds
             a bias to the logits for the choice alone, and moves it after each optimizer step by
-            ``bias_rate`` towards the depths with less than the mean load of all ranks.
+            ``bias_update_rate`` towards the depths with less than the mean load of all ranks.
         gate_at: "each" step, the equation above, or "last" (the authors' code): g_r = 1 for r < i.
-        z_coef: of the mean of logsumexp(logits) ** 2.
+        z_loss_coef: of the mean of logsumexp(logits) ** 2.
     """
+
+    bias: Tensor  # fp32 [num_recursions]
+    load: Tensor  # fp32 [num_recursions], tokens of each depth since the last optimizer step
 
     def __init__(
         self,
@@ -55,23 +58,22 @@ class TokenChoiceRouter(Router):
         activation: str = "softmax",
         alpha: float = 1.0,
         balancing: str = "loss",
-        coef: float = 0.1,
-        bias_rate: float = 0.001,
+        loss_coef: float = 0.1,
+        bias_update_rate: float = 0.001,
         gate_at: str = "each",
-        z_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.alpha = alpha
         self.balancing = balancing
-        self.coef = coef
-        self.bias_rate = bias_rate
+        self.loss_coef = loss_coef
+        self.bias_update_rate = bias_update_rate
         self.gate_at = gate_at
-        self.z_coef = z_coef
+        self.z_loss_coef = z_loss_coef
         self.scorer = Scorer(kind, hidden_size, num_recursions)
         if balancing == "bias":
             self.register_buffer("bias", torch.zeros(num_recursions))
-            # Tokens of each depth since the last optimizer step.
             self.register_buffer("load", torch.zeros(num_recursions), persistent=False)
 
     def begin(self, hidden: Tensor, tokens: Tokens, causal: bool) -> DepthPlan:
@@ -94,8 +96,8 @@ class TokenChoiceRouter(Router):
         if self.balancing == "loss":
             share = logits.shape[1] * load / logits.shape[0]
             probability = weights / weights.sum(dim=-1, keepdim=True)
-            loss = loss + self.coef * (share * probability.mean(dim=0)).sum()
-        return loss + self.z_coef * logits.logsumexp(dim=-1).square().mean()
+            loss = loss + self.loss_coef * (share * probability.mean(dim=0)).sum()
+        return loss + self.z_loss_coef * logits.logsumexp(dim=-1).square().mean()
 
     def select(
         self, depth: int, hidden: Tensor, active: Tokens, plan: DepthPlan
@@ -123,5 +125,5 @@ class TokenChoiceRouter(Router):
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.load)
-        self.bias += self.bias_rate * torch.sign(self.load.mean() - self.load)
+        self.bias += self.bias_update_rate * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
