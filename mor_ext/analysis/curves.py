@@ -30,7 +30,9 @@ def _with_evaluation(**curves: str) -> dict[str, str]:
 
 
 PANELS = (
-    Panel("Loss", "nats a token", _with_evaluation(loss="loss", nll="prediction", aux_loss="routers")),
+    Panel(
+        "Loss", "nats a token", _with_evaluation(loss="loss", nll="prediction", aux_loss="routers")
+    ),
     Panel("Bits per byte", "bits a byte", _with_evaluation(bits_per_byte="bits per byte")),
     Panel("Effective depth", "layers a token", _with_evaluation(effective_depth="effective depth")),
     Panel(

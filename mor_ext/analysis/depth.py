@@ -79,7 +79,9 @@ def _draw_strip(
 ) -> None:
     palette = ListedColormap(colours)
     top = len(colours) - 1
-    axis.pcolormesh(cells.numpy(), cmap=palette, vmin=0, vmax=top, edgecolors="white", linewidth=0.4)
+    axis.pcolormesh(
+        cells.numpy(), cmap=palette, vmin=0, vmax=top, edgecolors="white", linewidth=0.4
+    )
     axis.set_xlim(0, width)
     axis.grid(False)
     axis.spines[:].set_visible(False)
@@ -130,7 +132,12 @@ def draw_depth_loss(depth: Tensor, loss: Tensor, correlation: Correlation | None
         whiskerprops=line,
         capprops=line,
         medianprops={"color": LINES[0], "linewidth": 2},
-        meanprops={"marker": "D", "markersize": 5, "markerfacecolor": LINES[1], "markeredgecolor": "white"},
+        meanprops={
+            "marker": "D",
+            "markersize": 5,
+            "markerfacecolor": LINES[1],
+            "markeredgecolor": "white",
+        },
     )
     labels = [f"{d}\n({len(group):,})" for d, group in zip(depths, groups, strict=True)]
     axis.set_xticks(range(len(depths)), labels)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mor_ext.models import MoRConfig
 from mor_ext.models.layout import stages_of
@@ -25,7 +25,7 @@ from mor_ext.nn import ActionRouter, ExpertChoiceRouter, Recursion, Router, Toke
 from mor_ext.nn.routers.router import Scorer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flops:
     """FLOPs by part; tensors of one shape, ``[*shape]`` for tokens or ``[]`` for a mean."""
 
@@ -76,9 +76,7 @@ def expected_flops(config: MoRConfig, length: int, shares: Sequence[float] | Non
         [everyone * share for share in shares] if is_routed(stage) else [everyone] * n
         for stage in stages
     ]
-    return _count(
-        config, stages, everyone, active, lambda now, seen: now * (seen * length + 1) / 2
-    )
+    return _count(config, stages, everyone, active, lambda now, seen: now * (seen * length + 1) / 2)
 
 
 def executed_flops(
@@ -116,9 +114,7 @@ def executed_flops(
         [(depths[:, number] > depth).long() for depth in range(stage.num_recursions)]
         for number, stage in enumerate(stages)
     ]
-    flops = _count(
-        config, stages, everyone, active, lambda now, seen: now * _until(seen, start)
-    )
+    flops = _count(config, stages, everyone, active, lambda now, seen: now * _until(seen, start))
     return Flops(**{name: part.view(shape) for name, part in flops.parts().items()})
 
 
@@ -167,6 +163,7 @@ def _count(
         active: by stage and depth, 1 for each token that goes through, or the share of those.
         pairs: from the tokens that query and those that have keys to the visible pairs.
     """
+    assert config.head_dim is not None and config.num_key_value_heads is not None
     d, width = config.hidden_size, config.num_attention_heads * config.head_dim
     kv_width = 2 * config.num_key_value_heads * config.head_dim
     zero = torch.zeros_like(everyone)
@@ -218,7 +215,8 @@ def _router(router: Router, depth: int, everyone: Tensor, before: Tensor) -> Ten
     return torch.zeros_like(everyone)
 
 
-def _scorer(scorer: Scorer, everyone: Tensor, chosen_from: Tensor) -> Tensor:
+def _scorer(scorer: nn.Module, everyone: Tensor, chosen_from: Tensor) -> Tensor:
+    assert isinstance(scorer, Scorer)
     if scorer.up is None:  # linear: every row, for that is cheaper than a gather before it
         return 2 * scorer.weight.numel() * everyone
     return 2 * (scorer.up.weight.numel() + scorer.weight.numel()) * chosen_from

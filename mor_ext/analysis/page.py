@@ -23,7 +23,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class Section(Protocol):
-    title: str
+    @property
+    def title(self) -> str: ...
 
     def html(self) -> str:
         """What stands below the title, escaped."""
@@ -76,10 +77,13 @@ class Picture:
 
     def html(self) -> str:
         data = base64.b64encode(png(self.figure)).decode()
-        width = "narrow" if self.figure.get_figwidth() < 9 else "wide"
-        image = f'<img class="{width}" alt="{escape(self.title)}" src="data:image/png;base64,{data}">'
-        caption = f'<figcaption class="faint">{escape(self.caption)}</figcaption>'
-        return f"<figure>{image}{caption if self.caption else ''}</figure>"
+        inches = self.figure.get_figwidth()
+        least = 46 if inches > 9 else 0  # what does not fit a narrow screen is scrolled
+        style = f"max-width:{6 * inches:.0f}rem;min-width:{least}rem"
+        image = (
+            f'<img style="{style}" alt="{escape(self.title)}" src="data:image/png;base64,{data}">'
+        )
+        return f'<div class="wide">{image}</div>{_caption(self.caption)}'
 
 
 @dataclass(frozen=True)

@@ -52,32 +52,42 @@ def correlate(
     count = min(64, len(lengths))
     run = torch.arange(len(lengths)) * count // max(1, len(lengths))
     run = run.repeat_interleave(torch.tensor(lengths, dtype=torch.long))[known]  # [n], < count
-    below = [_below(values[known], run, count) for values in (x, y)]
+    a, b = (_centred_ranks(values[known], run, count) for values in (x, y))
+    moments = torch.stack([_moments(*pair, run, count) for pair in ((a, b), (a, a), (b, b))])
 
-    once = torch.ones(1, count, dtype=torch.float64)
-    rho = _spearman(below, run, once).item()
+    rho = _spearman(moments, torch.ones(1, count, dtype=torch.float64)).item()
     low = high = float("nan")
     if count > 1:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(count, (samples, count), generator=generator)
         times = F.one_hot(drawn, count).sum(dim=1).double()  # [samples, runs]
-        rhos = torch.cat([_spearman(below, run, part) for part in times.split(32)])
+        rhos = _spearman(moments, times)
         low, high = rhos.nanquantile(rhos.new_tensor([0.025, 0.975])).tolist()
     return Correlation(rho, low, high, len(run))
 
 
-def _below(values: Tensor, run: Tensor, count: int) -> Tensor:
-    """fp64 ``[n, count]``: how many values of each run are below each value, equal ones half."""
+def _centred_ranks(values: Tensor, run: Tensor, count: int) -> Tensor:
+    """fp64 ``[n, count]``: each value's rank less the mean rank, as a sum over the runs.
+
+    With run s drawn t_s times, the rank of a value is 1/2 + sum_s t_s * (values of s below it,
+    equal ones half, so that they share their mean rank), and the mean 1/2 + sum_s t_s * size_s / 2.
+    """
     distinct, group = values.unique(return_inverse=True)
     size = torch.zeros(len(distinct), count, dtype=torch.float64)
     size.index_put_((group, run), torch.ones_like(values), accumulate=True)
-    return (size.cumsum(dim=0) - size / 2)[group]
+    return (size.cumsum(dim=0) - size / 2)[group] - size.sum(dim=0) / 2
 
 
-def _spearman(below: Sequence[Tensor], run: Tensor, times: Tensor) -> Tensor:
-    """``[samples]``, with each run there ``times`` (fp64 ``[samples, count]``) times."""
-    weight = times.T[run]  # [n, samples]
-    # The rank of a value is 1/2 more than what is below it: equal ones share their mean rank.
-    x, y = (part @ times.T + 0.5 - (weight.sum(dim=0) + 1) / 2 for part in below)  # centred
-    covariance, *variances = ((a * b * weight).sum(dim=0) for a, b in ((x, y), (x, x), (y, y)))
+def _moments(a: Tensor, b: Tensor, run: Tensor, count: int) -> Tensor:
+    """``[count, count * count]``: of each run's tokens, a ``[n, count]`` times b."""
+    return torch.stack([(a[run == r].T @ b[run == r]).flatten() for r in range(count)])
+
+
+def _spearman(moments: Tensor, times: Tensor) -> Tensor:
+    """``[samples]``, with each run there ``times`` (fp64 ``[samples, runs]``) times.
+
+    moments: covariance and both variances, ``[3, runs, runs * runs]``: cubic forms in ``times``.
+    """
+    pairs = (times.unsqueeze(2) * times.unsqueeze(1)).flatten(1)  # [samples, runs * runs]
+    covariance, *variances = ((times @ moment * pairs).sum(dim=1) for moment in moments)
     return covariance / (variances[0] * variances[1]).sqrt()

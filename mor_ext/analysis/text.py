@@ -21,29 +21,43 @@ class Segment:
     loss: float = math.nan  # in nats, of what the last of the tokens predicts; NaN is unknown
 
 
-def segments(
-    pieces: Iterable[bytes], depth: Sequence[int], loss: Sequence[float] | None = None
-) -> list[Segment]:
-    """The text of tokens, whole characters at a time.
+def texts(pieces: Sequence[bytes]) -> list[str]:
+    """The text that each token completes: none where a character's bytes go on in the next.
 
     Args:
         pieces: the UTF-8 bytes of each token. Bytes that are no UTF-8, and characters that cannot
             be shown, become U+FFFD.
-        depth: of each token. loss: of each token, in nats.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    last = len(pieces) - 1
+    decoded = [decoder.decode(piece, final=i == last) for i, piece in enumerate(pieces)]
+    return ["".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in t) for t in decoded]
+
+
+def segments(
+    pieces: Sequence[bytes], depth: Sequence[int], loss: Sequence[float] | None = None
+) -> list[Segment]:
+    """The text of tokens, whole characters at a time.
+
+    Args:
+        pieces: see :func:`texts`.
+        depth: of each token.
+        loss: of each token, in nats.
 
     Raises:
         ValueError: not as many depths or losses as tokens.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pieces = list(pieces)
     loss = [math.nan] * len(pieces) if loss is None else loss
-    result = []
-    for number, (piece, d, nats) in enumerate(zip(pieces, depth, loss, strict=True), start=1):
-        text = decoder.decode(piece, final=number == len(pieces))
-        if text:
-            shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-            result.append(Segment(shown, int(d), float(nats)))
-    return result
+    if not len(pieces) == len(depth) == len(loss):
+        raise ValueError(
+            f"depth and loss must be one for each of {len(pieces)} tokens, "
+            f"got {len(depth)} and {len(loss)}"
+        )
+    return [
+        Segment(text, int(d), float(nats))
+        for text, d, nats in zip(texts(pieces), depth, loss, strict=True)
+        if text
+    ]
 
 
 def coloured(parts: Iterable[Segment], depths: int) -> Text:
