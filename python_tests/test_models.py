@@ -1,29 +1,38 @@
 """Models: every layout against an unrolled reference, and the invariants that users rely on."""
 
 import copy
-import math
 
 import pytest
 import torch
+from model_reference import reference
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mor_ext.inference import PagedKV, generate
 from mor_ext.models import MoRConfig, MoRForCausalLM
+from mor_ext.models.config import CHOICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"cycle": 6, "sequence": 6, "middle_cycle": 8, "middle_sequence": 8}
-VARIANTS = [
-    (routing, kv_strategy)
-    for routing in ("none", "expert_choice", "token_choice")
-    for kv_strategy in ("recursion_wise", "shared")
+VARIANTS = [(r, kv) for r in CHOICES["routing"] for kv in CHOICES["kv_strategy"]]
+SETTINGS = [  # what routers can be told besides their defaults
+    ("expert_choice", {"router_kind": "mlp", "router_activation": "tanh", "router_alpha": 0.7}),
+    ("expert_choice", {"router_kind": "wide_mlp", "causal_rule": "aux_router"}),
+    ("expert_choice", {"router_update": "delta", "capacity": (0.9, 0.4, 0.2)}),
+    ("token_choice", {"router_activation": "sigmoid", "gate_at": "last"}),
+    ("token_choice", {"router_kind": "mlp", "balancing": "bias", "router_alpha": 2.0}),
+    ("mixture_of_depths", {"router_activation": "sigmoid", "capacity": 0.5}),
+    ("action", {"gumbel_temperature": 0.5}),
+    ("random", {"capacity": 0.5, "router_update": "delta"}),
 ]
+RANDOM_IN_TRAINING = ("action", "random")
 LENGTHS = [9, 0, 1, 16, 4]
 
 
 def small(
     routing: str, kv_strategy: str, sharing: str = "middle_cycle", **fields
 ) -> MoRForCausalLM:
+    special = {"mixture_of_depths": {"num_recursions": 1}, "fixed_depth": {"fixed_depth": 2}}
     config = MoRConfig(
         **{
             "vocab_size": 50,
@@ -36,151 +45,93 @@ def small(
             "sharing": sharing,
             "routing": routing,
             "kv_strategy": kv_strategy,
+            **special.get(routing, {}),
             **fields,
         }
     )
     return MoRForCausalLM(config).double().eval()
 
 
-# The reference: unrolled layers, dense masks, nothing skipped. Every token goes through every
-# layer; one that is not active keeps the hidden state of before.
+def words(*lengths: int) -> Tensor:
+    """Sequences without a token twice: two equal ones at the start would tie in every router."""
+    return torch.cat([torch.randperm(50)[:length] for length in lengths])
 
 
-def reference(model: MoRForCausalLM, ids: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Logits [T, vocab] and depth [T] of one sequence."""
-    config = model.config
-    n, edge = config.num_recursions, int(config.sharing.startswith("middle"))
-    layers = [layer for stage in model.stages for layer in stage.block.layers]
-    past = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    block = (config.num_hidden_layers - 2 * edge) // n  # layers with weights of their own
-
-    hidden = model.embed_tokens.weight[ids]
-    depth = torch.zeros(len(ids), dtype=torch.int32)
-    if edge:
-        hidden, _ = reference_layer(layers[0], model, hidden, past)
-    for unrolled in range(block * n):
-        if config.sharing.endswith("cycle"):  # (0 1) (0 1) (0 1)
-            step, number = divmod(unrolled, block)
-            group, starts, ends = 0, number == 0, number == block - 1
-        else:  # (0) (0) (0) (1) (1) (1)
-            group, step = divmod(unrolled, n)
-            number, starts, ends = group, True, True
-        if starts and step == 0:
-            entry, active, kept = hidden, torch.ones(len(ids), dtype=torch.bool), {}
-        if starts:
-            router = model.stages[edge + group].router
-            active, gate, last = reference_choice(
-                config, router, step, hidden, entry, active, causal
-            )
-            if step == 0:
-                first = active
-            depth += active
-            x = hidden
-        shared = config.kv_strategy == "shared"
-        visible = past & (first if shared else active)
-        kv = kept.get(number) if shared else None
-        x, kept[number] = reference_layer(layers[edge + number], model, x, visible, kv)
-        if ends:
-            if config.routing == "token_choice":
-                new = gate * x + last * entry  # equation 2
-            elif router.update == "output":
-                new = hidden + gate * x  # equation 1
-            else:
-                new = hidden + gate * (x - hidden)
-            hidden = torch.where(active.unsqueeze(1), new, hidden)
-    if edge:
-        hidden, _ = reference_layer(layers[-1], model, hidden, past)
-    return reference_norm(model.norm, hidden) @ model.head_weight().T, depth
-
-
-def reference_choice(config, router, step, hidden, entry, active, causal):
-    """Active tokens [T] and gates [T, 1] of a step, and for whom it is the last [T, 1]."""
-    if config.routing == "none":
-        return active, 1.0, None
-    if config.routing == "token_choice":
-        g = router.alpha * torch.softmax(entry @ router.weight.T, dim=1)
-        choice = g.argmax(dim=1)
-        return choice >= step, g[:, step : step + 1], (choice == step).unsqueeze(1)
-    logits = hidden @ router.weight[step]
-    gate = router.alpha * torch.sigmoid(logits).unsqueeze(1)
-    if causal:
-        return active & (torch.sigmoid(logits) >= 0.5), gate, None
-    k = min(len(hidden), max(1, int(router.capacity[step] * len(hidden))))
-    top = logits.masked_fill(~active, -math.inf).topk(k).indices
-    return torch.zeros_like(active).index_fill(0, top, True), gate, None
-
-
-def reference_layer(layer, model, x, visible, kv=None):
-    """A Llama layer on all tokens of a sequence, visible [T, T]; its K/V [T, Hkv, D] too."""
-    config = model.config
-    d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    normed = reference_norm(layer.attention_norm, x)
-    weights = layer.attention.qkv_proj.weight.split([heads * d, kv_heads * d, kv_heads * d])
-    q, k, v = ((normed @ w.T).unflatten(1, (-1, d)) for w in weights)
-    k, v = kv or (reference_rotary(k, config.rope_theta), v)
-    q = reference_rotary(q, config.rope_theta)
-    out = []
-    for h in range(heads):
-        g = h // (heads // kv_heads)
-        scores = (q[:, h] @ k[:, g].T / math.sqrt(d)).masked_fill(~visible, -math.inf)
-        # A row that sees nothing belongs to a token that is not active: its value is not used.
-        out.append(scores.softmax(dim=1).nan_to_num() @ v[:, g])
-    x = x + torch.cat(out, dim=1) @ layer.attention.o_proj.weight.T
-    gate, up = (reference_norm(layer.mlp_norm, x) @ layer.mlp.gate_up_proj.weight.T).chunk(2, 1)
-    return x + (gate * torch.sigmoid(gate) * up) @ layer.mlp.down_proj.weight.T, (k, v)
-
-
-def reference_norm(norm, x):
-    return x / (x.pow(2).mean(dim=1, keepdim=True) + norm.eps).sqrt() * norm.weight
-
-
-def reference_rotary(x, theta):
-    """Turns the pairs (x[i], x[i + D / 2]) as complex numbers."""
-    d = x.shape[2]
-    frequency = theta ** -(torch.arange(0, d, 2).double() / d)
-    angle = torch.outer(torch.arange(len(x)).double(), frequency).unsqueeze(1)
-    turned = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * torch.exp(1j * angle)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+def assert_equals_the_reference(model: MoRForCausalLM, causal: bool) -> None:
+    ids = words(*LENGTHS)
+    if not causal and model.config.routing in RANDOM_IN_TRAINING:  # the same draws
+        ids, lengths = ids[: LENGTHS[0]], LENGTHS[:1]
+    else:
+        lengths = LENGTHS
+    state = torch.get_rng_state()
+    output = model(ids, lengths=lengths, causal=causal)
+    torch.set_rng_state(state)
+    expected = [reference(model, part, causal) for part in ids.split(lengths)]
+    torch.testing.assert_close(output.logits, torch.cat([logits for logits, _ in expected]))
+    assert torch.equal(output.depth, torch.cat([depth for _, depth in expected]))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("sharing", LAYERS)
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
 def test_every_layout_equals_the_unrolled_reference(routing, kv_strategy, sharing, causal, seed):
-    model = small(routing, kv_strategy, sharing)
-    ids = torch.randint(50, (sum(LENGTHS),))
-    output = model(ids, LENGTHS, causal=causal)
-    expected = [reference(model, part, causal) for part in ids.split(LENGTHS)]
-    torch.testing.assert_close(output.logits, torch.cat([logits for logits, _ in expected]))
-    assert torch.equal(output.depth, torch.cat([depth for _, depth in expected]))
+    assert_equals_the_reference(small(routing, kv_strategy, sharing), causal)
 
 
-@pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
-def test_gradients_equal_the_reference(routing, kv_strategy, seed):
-    model = small(routing, kv_strategy).train()
-    ids = torch.randint(50, (12,))
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("routing", "fields"), SETTINGS)
+def test_every_setting_equals_the_unrolled_reference(routing, fields, causal, seed):
+    model = small(routing, "recursion_wise", **fields)
+    if fields.get("balancing") == "bias":
+        model.stages[1].router.bias.copy_(torch.randn(3))
+    assert_equals_the_reference(model, causal)
+
+
+@pytest.mark.parametrize(
+    ("routing", "kv_strategy", "fields"),
+    [(*v, {}) for v in VARIANTS] + [(r, "shared", fields) for r, fields in SETTINGS],
+)
+def test_gradients_equal_the_reference(routing, kv_strategy, fields, seed):
+    model = small(routing, kv_strategy, **fields).train()
+    ids = words(12)
     weight = torch.randn(12, 50).double()
     grads = []
-    for logits in (model(ids, [12]).logits, reference(model, ids, causal=False)[0]):
+    for run in (lambda: model(ids, lengths=[12]).logits, lambda: reference(model, ids, False)[0]):
+        torch.manual_seed(seed)
         model.zero_grad()
-        (logits * weight).sum().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    for (name, _), actual, expected in zip(model.named_parameters(), *grads, strict=True):
-        assert expected.abs().max() > 0, name
+        (run() * weight).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in grads[1].items():
+        actual = grads[0][name]
+        if "predictors" in name:  # learn from their loss alone
+            assert actual is None and expected is None
+            continue
+        # A token that a stochastic router sends past every block leaves nothing to learn from.
+        assert expected.abs().max() > 0 or routing == "action", name
         torch.testing.assert_close(actual, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("update", ["output", "delta"])
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared"])
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
 def test_capacity_1_and_gate_1_is_the_recursive_model(kv_strategy, update, seed):
-    fields = {"update": update, "capacity": (1.0, 1.0, 1.0), "router_alpha": 2.0}
+    fields = {"router_update": update, "capacity": (1.0, 1.0, 1.0), "router_alpha": 2.0}
     mor = small("expert_choice", kv_strategy, **fields).train()
-    mor.stages[1].router.weight.data.zero_()  # gate 2 * sigmoid(0)
-    recursive = small("none", kv_strategy, update=update)
+    for scorer in mor.stages[1].router.scorers:
+        scorer.weight.data.zero_()  # gate 2 * sigmoid(0)
+    recursive = small("none", kv_strategy, router_update=update)
     recursive.load_state_dict(mor.state_dict(), strict=False)
     ids = torch.randint(50, (3, 10))
     torch.testing.assert_close(mor(ids).logits, recursive(ids).logits)
     assert (mor(ids).depth == 3).all()
+
+
+def test_fixed_depth_is_the_recursive_model_of_that_depth(seed):
+    deep = small("fixed_depth", "recursion_wise")
+    shallow = small("none", "recursion_wise", num_recursions=2, num_hidden_layers=6)
+    shallow.load_state_dict(deep.state_dict())
+    ids = torch.randint(50, (3, 10))
+    torch.testing.assert_close(deep(ids).logits, shallow(ids).logits)
+    assert (deep(ids).layers == 6).all()
 
 
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
@@ -197,17 +148,23 @@ def test_later_tokens_change_no_earlier_logit(routing, kv_strategy, seed):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
 def test_a_packed_batch_equals_each_sequence_alone(routing, kv_strategy, training, seed):
+    if training and routing in RANDOM_IN_TRAINING:
+        training = False  # a batch draws other numbers than its sequences
     model = small(routing, kv_strategy).train(training)
-    ids = torch.randint(50, (sum(LENGTHS),))
-    together = model(ids, LENGTHS)
-    alone = [model(part, [len(part)]) for part in ids.split(LENGTHS)]
+    ids = words(*LENGTHS)
+    together = model(ids, lengths=LENGTHS)
+    alone = [model(part, lengths=[len(part)]) for part in ids.split(LENGTHS)]
     torch.testing.assert_close(together.logits, torch.cat([o.logits for o in alone]))
     assert torch.equal(together.depth, torch.cat([o.depth for o in alone]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("sharing", ["middle_cycle", "sequence"])
-@pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
+@pytest.mark.parametrize(
+    ("routing", "kv_strategy", "sharing", "dtype"),
+    [(*v, sharing, torch.float64) for v in VARIANTS for sharing in ("middle_cycle", "sequence")]
+    + [
+        (r, kv, "cycle", torch.float32) for r in ("none", "random") for kv in CHOICES["kv_strategy"]
+    ],
+)
 def test_cached_steps_give_the_logits_of_one_pass(routing, kv_strategy, sharing, dtype, seed):
     """Prefill in uneven chunks, then token by token, of sequences of different lengths."""
     model = small(routing, kv_strategy, sharing).to(dtype)
@@ -218,14 +175,14 @@ def test_cached_steps_give_the_logits_of_one_pass(routing, kv_strategy, sharing,
     with torch.no_grad():
         for chunks in [(7, 0, 3), (0, 5, 17)] + [(1, 1, 1)] * 10 + [(6, 5, 0)]:
             parts = [s[p : p + c] for s, p, c in zip(sequences, position, chunks, strict=True)]
-            output = model(torch.cat(parts), chunks, store=store)
+            output = model(torch.cat(parts), lengths=chunks, cache=store)
             for b, chunk in enumerate(chunks):
                 logits[b].append(output.logits.split(chunks)[b])
                 depth[b].append(output.depth.split(chunks)[b])
                 position[b] += chunk
     assert position == [23, 20, 30]
     for b, sequence in enumerate(sequences):
-        full = model(sequence, [len(sequence)])
+        full = model(sequence, lengths=[len(sequence)])
         tolerance = {} if dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
         torch.testing.assert_close(torch.cat(logits[b]), full.logits, **tolerance)
         assert torch.equal(torch.cat(depth[b]), full.depth)
@@ -236,7 +193,7 @@ def test_greedy_generation_takes_the_most_likely_token(routing, kv_strategy, see
     model = small(routing, kv_strategy)
     prompts = [torch.randint(50, (length,)) for length in (4, 9)]
     for prompt, result in zip(prompts, generate(model, prompts, 6, temperature=0), strict=True):
-        full = model(result.tokens, [len(result.tokens)])
+        full = model(result.tokens, lengths=[len(result.tokens)])
         assert torch.equal(result.tokens[: len(prompt)], prompt)
         assert torch.equal(
             result.tokens[len(prompt) :], full.logits.argmax(1)[len(prompt) - 1 : -1]
@@ -288,7 +245,8 @@ def test_routers_learn(routing, seed):
     model = small(routing, "recursion_wise").train()
     ids = torch.randint(50, (2, 12))
     model(ids, labels=ids).nll.backward()
-    assert model.stages[1].router.weight.grad.abs().sum(dim=1).min() > 0  # each depth's row
+    for name, parameter in model.stages[1].router.named_parameters():
+        assert parameter.grad.abs().sum(dim=-1).min() > 0, name  # each depth's row
 
 
 @pytest.mark.parametrize("sharing", LAYERS)
@@ -310,9 +268,9 @@ def test_weights_stay_tied_through_training_saving_and_loading(sharing, tmp_path
         storages = {tensor.untyped_storage().data_ptr() for tensor in m.state_dict().values()}
         assert len(storages) == len(m.state_dict()) == len(list(m.parameters()))
         assert sum(parameter.numel() for parameter in m.parameters()) == count
-    assert (tmp_path / "model.pt").stat().st_size < 4 * count + 30_000
+    assert (tmp_path / "model.safetensors").stat().st_size < 4 * count + 30_000
     assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
-    assert loaded.config == model.config
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
 
 
 def test_untied_embeddings_have_a_head():
@@ -347,7 +305,7 @@ def test_bfloat16_keeps_the_rotary_angles():
 def test_labels_do_not_cross_sequences(seed):
     model = small("none", "recursion_wise")
     ids = torch.randint(50, (9,))
-    output = model(ids, [5, 4], labels=ids)
+    output = model(ids, lengths=[5, 4], labels=ids)
     scored = [0, 1, 2, 3, 5, 6, 7]
     log_probs = output.logits.log_softmax(dim=1)
     expected = -torch.stack([log_probs[t, ids[t + 1]] for t in scored]).mean()
@@ -373,11 +331,29 @@ def test_layers_that_do_not_divide_name_the_valid_numbers(sharing, layers, valid
     [
         ({"sharing": "ring"}, "sharing must be one of cycle, .* got 'ring'"),
         ({"routing": "top"}, "routing must be one of none, .* got 'top'"),
-        ({"kv_strategy": ""}, "kv_strategy must be one of recursion_wise, shared, got ''"),
-        ({"update": "x"}, "update must be one of output, delta, got 'x'"),
+        ({"kv_strategy": ""}, "kv_strategy must be one of recursion_wise, shared, .* got ''"),
+        ({"router_update": "x"}, "router_update must be one of output, delta, got 'x'"),
         ({"num_recursions": 0}, "num_recursions must be at least 1, got 0"),
         ({"router_alpha": 1.0}, "router_alpha must be None for routing 'none', got 1.0"),
-        ({"routing": "token_choice", "update": "delta"}, "update must be None .* got delta"),
+        (
+            {"routing": "token_choice", "router_update": "delta"},
+            "router_update must be None .* got delta",
+        ),
+        (
+            {"routing": "token_choice", "router_activation": "tanh"},
+            "router_activation must be one of softmax, sigmoid for routing .* got 'tanh'",
+        ),
+        ({"routing": "fixed_depth"}, "fixed_depth must be from 1 to 1, got None"),
+        (
+            {"routing": "mixture_of_depths", "num_recursions": 3},
+            "num_recursions must be 1 for routing 'mixture_of_depths', got 3",
+        ),
+        ({"hidden_sise": 4}, r"hidden_sise must be a field of MoRConfig \(vocab_size, .* got 4"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}},
+            "rope_parameters must be of rope_type 'default', got .*yarn",
+        ),
         (
             {"routing": "expert_choice", "capacity": (1.0, 0.5)},
             r"capacity must be 1 numbers in \(0, 1\].* got",
@@ -400,6 +376,6 @@ def test_input_errors():
     with pytest.raises(ValueError, match=r"input_ids must be \[batch, length\] .* shape \[3\]"):
         model(torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="lengths must add up to 3, got 4"):
-        model(torch.zeros(3, dtype=torch.long), [4])
+        model(torch.zeros(3, dtype=torch.long), lengths=[4])
     with pytest.raises(ValueError, match="lengths must be at most 64, got 65"):
         model(torch.zeros(1, 65, dtype=torch.long))

@@ -1,20 +1,14 @@
 """The modules that models are made of, one at a time, against hand computation."""
 
-import math
-
-import pytest
 import torch
 import torch.nn.functional as F
 
 from mor_ext.nn import (
     Attention,
-    ExpertChoiceRouter,
     PackedKV,
     RMSNorm,
     Rotary,
-    Router,
     SwiGLU,
-    TokenChoiceRouter,
     Tokens,
 )
 from mor_ext.nn.kv import shared_key_limit
@@ -24,13 +18,6 @@ CPU = torch.device("cpu")
 
 def tokens_of(*lengths: int) -> Tokens:
     return Tokens.of_batch(lengths, CPU)
-
-
-def expert_choice(*capacity: float, coef: float = 1.0) -> ExpertChoiceRouter:
-    """A router that reads its logits off the hidden state: depth r takes column r."""
-    router = ExpertChoiceRouter(len(capacity), capacity, alpha=0.1, coef=coef, update="output")
-    router.weight.data = torch.eye(len(capacity))
-    return router
 
 
 def test_tokens_of_a_batch_and_those_selected():
@@ -46,113 +33,6 @@ def test_tokens_of_a_batch_and_those_selected():
     fewer = some.select(torch.tensor([0, 2]), [1, 0, 1], torch.tensor([0, 1, 1, 2]), torch.ones(2))
     assert fewer.index.tolist() == [1, 4]
     assert fewer.positions.tolist() == [5, 2]
-
-
-@pytest.mark.parametrize(
-    ("lengths", "kept"),
-    [
-        ([9], [[9], [6], [3]]),
-        ([10], [[10], [6], [3]]),  # int(6.67), int(3.33)
-        ([1, 2, 0], [[1, 2, 0], [1, 1, 0], [1, 1, 0]]),  # at least one, if there is one
-    ],
-)
-def test_expert_choice_keeps_its_share_of_the_full_sequence(lengths, kept, seed):
-    router = expert_choice(1.0, 2 / 3, 1 / 3)
-    tokens = tokens_of(*lengths)
-    hidden = torch.randn(tokens.total, 3)
-    plan, active = router.begin(hidden, tokens, causal=False), tokens
-    for depth in range(3):
-        previous = active
-        active, _ = router.select(depth, hidden, active, plan)
-        assert list(active.lengths) == kept[depth]
-        assert active.cu_seqlens.diff().tolist() == kept[depth]
-        if previous.index is not None:  # only survivors compete
-            assert set(active.index.tolist()) <= set(previous.index.tolist())
-
-
-def test_expert_choice_by_hand():
-    """Depth 1 takes rows 0, 2, 3 of logits 2, -1, 1, 3; depth 2 takes row 3 among those."""
-    router = expert_choice(0.75, 0.25, coef=0.5)
-    hidden = torch.tensor([[2.0, 0.0], [-1.0, 9.0], [1.0, -2.0], [3.0, 1.0]])
-    tokens = tokens_of(4)
-    plan = router.begin(hidden, tokens, causal=False)
-    first, loss = router.select(0, hidden, tokens, plan)
-    assert first.index.tolist() == [0, 2, 3]
-    assert first.positions.tolist() == [0, 2, 3]
-    sigmoid = [1 / (1 + math.exp(-x)) for x in (2, -1, 1, 3)]
-    torch.testing.assert_close(first.gate, torch.tensor([0.1 * sigmoid[i] for i in (0, 2, 3)]))
-    cross_entropy = [-math.log(sigmoid[i] if i != 1 else 1 - sigmoid[1]) for i in range(4)]
-    assert loss.item() == pytest.approx(0.5 * sum(cross_entropy) / 4)
-
-    second, loss = router.select(1, hidden, first, plan)
-    assert second.index.tolist() == [3]  # row 1 has the highest logit but is out
-    cross_entropy = [math.log1p(math.exp(x)) for x in (0, -2, -1)]  # rows 0, 2 out, row 3 in
-    assert loss.item() == pytest.approx(0.5 * sum(cross_entropy) / 3)
-
-    update = torch.full((1, 2), 10.0)
-    merged = router.merge(1, hidden, update, second, plan)
-    gate = 0.1 / (1 + math.exp(-1))
-    torch.testing.assert_close(merged[3], hidden[3] + 10 * gate)
-    assert torch.equal(merged[:3], hidden[:3])
-
-
-def test_expert_choice_by_the_causal_rule():
-    router = expert_choice(1.0, 0.5)
-    hidden = torch.tensor([[2.0, 0.0], [-1.0, 9.0], [0.0, -2.0], [3.0, 1.0]])
-    tokens = tokens_of(2, 2)
-    first, loss = router.select(0, hidden, tokens, router.begin(hidden, tokens, causal=True))
-    assert first.index.tolist() == [0, 2, 3]  # sigmoid(0) is 0.5: goes on
-    assert first.lengths == (1, 2)
-    assert loss is None
-    second, _ = router.select(1, hidden, first, None)
-    assert second.index.tolist() == [0, 3]
-    assert second.lengths == (1, 1)
-
-
-def test_token_choice_by_hand():
-    """Depths 1, 3, 2, 3; equation 2: gated at every step, the entry added at the last."""
-    router = TokenChoiceRouter(3, 3, alpha=1.0, coef=0.1)
-    router.weight.data = torch.eye(3)
-    hidden = torch.tensor([[5.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0], [1.0, 0.0, 4.0]])
-    tokens = tokens_of(3, 1)
-    plan = router.begin(hidden, tokens, causal=False)
-    g = torch.softmax(hidden, dim=1)
-    active, losses = tokens, []
-    state = hidden
-    for depth, rows in enumerate([[0, 1, 2, 3], [1, 2, 3], [1, 3]]):
-        active, loss = router.select(depth, state, active, plan)
-        losses.append(loss)
-        assert active.index.tolist() == rows
-        torch.testing.assert_close(active.gate, g[rows, depth])
-        output = torch.randn(len(rows), 3)
-        merged = router.merge(depth, state, output, active, plan)
-        last = torch.tensor([[1, 3, 2, 3][row] == depth + 1 for row in rows]).unsqueeze(1)
-        expected = state.clone()
-        expected[rows] = g[rows, depth].unsqueeze(1) * output + last * hidden[rows]
-        torch.testing.assert_close(merged, expected)
-        state = merged
-    share = torch.tensor([1.0, 1.0, 2.0]) / 4
-    torch.testing.assert_close(losses[0], 0.1 * (3 * share * g.mean(dim=0)).sum())
-    assert losses[1:] == [None, None]
-
-
-def test_a_depth_that_nobody_takes():
-    router = TokenChoiceRouter(2, 2, alpha=1.0, coef=0.1)
-    router.weight.data = torch.eye(2)
-    hidden = torch.tensor([[3.0, 1.0], [2.0, 0.0]])
-    tokens = tokens_of(2)
-    plan = router.begin(hidden, tokens, causal=True)
-    active, _ = router.select(1, hidden, tokens, plan)
-    assert active.total == 0
-    assert torch.equal(router.merge(1, hidden, hidden[:0], active, plan), hidden)
-
-
-def test_the_router_of_models_that_do_not_route():
-    tokens, hidden, output = tokens_of(2), torch.randn(2, 4), torch.randn(2, 4)
-    router = Router("delta")
-    assert router.select(0, hidden, tokens, router.begin(hidden, tokens, True)) == (tokens, None)
-    assert router.merge(0, hidden, output, tokens, None) is output
-    assert torch.equal(Router("output").merge(0, hidden, output, tokens, None), hidden + output)
 
 
 def test_rms_norm_gathers(seed):
@@ -179,7 +59,7 @@ def test_attention_equals_sdpa(seed):
     for past in (0, 50):
         past = torch.full((2,), past, dtype=torch.int32)
         tokens = Tokens.of_batch([5, 7], CPU, past)
-        out = attention(x, PackedKV(False, rotary).view(0, 0, tokens))
+        out = attention(x, PackedKV("recursion_wise", rotary).view(0, 0, tokens))
         start = 0
         for length in (5, 7):
             part = x[start : start + length]
@@ -216,7 +96,7 @@ def test_shared_key_limit():
 
 
 def test_shared_views_keep_the_first_depths_keys(seed):
-    attention, store = Attention(0, 32, 4, 2, 8), PackedKV(True, Rotary(8, 100, 1e4))
+    attention, store = Attention(0, 32, 4, 2, 8), PackedKV("shared", Rotary(8, 100, 1e4))
     tokens = tokens_of(6)
     x = torch.randn(6, 32)
     first = store.view(0, 0, tokens)

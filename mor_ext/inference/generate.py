@@ -50,7 +50,7 @@ def generate(
     for _ in range(max_new_tokens + 1):  # the last pass gives the last token its depth
         step = [parts[-1] for parts in tokens]  # what the model has not seen yet
         lengths = [len(part) for part in step]
-        output = model(torch.cat(step), lengths, cache=store)
+        output = model(torch.cat(step), lengths=lengths, cache=store)
         last = torch.tensor(lengths, device=output.logits.device).cumsum(0) - 1
         sampled = _sample(output.logits[last], temperature, generator)
         for b, depth in enumerate(output.depth.split(lengths)):

@@ -188,7 +188,8 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         assert output.aux_loss is not None
         targets = labels.roll(-1).index_fill(0, tokens.cu_seqlens[1:].long() - 1, -100)
         logits = F.linear(hidden, self.head_weight())
-        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
         count = (targets != -100).sum()
         output.nll = total / count
         if num_items is None:

@@ -44,7 +44,8 @@ class RandomRouter(Router):
             rows, lengths, cu_seqlens = rows_where(scores < self.capacity[depth], active)
         else:
             rows, lengths, cu_seqlens = top(self.capacity[depth], -scores, active, plan.lengths)
-        gate = torch.full_like(rows, self.alpha, dtype=torch.float32)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        gate = torch.full_like(rows, self.alpha, dtype=dtype)
         return active.select(rows, lengths, cu_seqlens, gate), None
 
 

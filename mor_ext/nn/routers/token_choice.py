@@ -40,9 +40,9 @@ class TokenChoiceRouter(Router):
         kind: of the scorer, see :class:`Scorer`.
         activation: "softmax" or "sigmoid".
         balancing: "loss" adds ``loss_coef * sum_r f_r P_r``, f_r = num_recursions * share of tokens
-            of depth r, P_r = mean of g_r, normalised over the depths. "bias" (arXiv 2408.15664) adds
-            a bias to the logits for the choice alone, and moves it after each optimizer step by
-            ``bias_update_rate`` towards the depths with less than the mean load of all ranks.
+            of depth r, P_r = mean of g_r, normalised over the depths. "bias" (arXiv 2408.15664)
+            adds a bias to the logits for the choice alone, and moves it after each optimizer step
+            by ``bias_update_rate`` towards the depths with less than the mean load of all ranks.
         gate_at: "each" step, the equation above, or "last" (the authors' code): g_r = 1 for r < i.
         z_loss_coef: of the mean of logsumexp(logits) ** 2.
     """
