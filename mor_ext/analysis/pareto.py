@@ -40,8 +40,14 @@ def on_front(points: Sequence[Point]) -> list[bool]:
 def draw_pareto(points: Sequence[Point], compute: str, quality: str) -> Figure:
     """A point for each, those of a run in one colour and joined; the front as steps.
 
-    compute, quality: what the axes show, with units.
+    Args:
+        compute, quality: what the axes show, with units.
+
+    Raises:
+        ValueError: no points.
     """
+    if not points:
+        raise ValueError("points must be at least one, got none")
     figure, (axis,) = new_figure(7.5, 5)
     axis.grid(axis="both", color="#dddddd", linewidth=0.6)
     front = sorted(
