@@ -5,7 +5,6 @@ text, and shows how many recursions each character took.
 """
 
 import argparse
-import codecs
 import math
 import os
 import time
@@ -33,20 +32,18 @@ from mor_ext.training import (
 )
 
 try:
-    import matplotlib
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
     from rich.table import Table
-    from rich.text import Text as Line
+
+    from mor_ext.analysis.depth import draw_heat_map
+    from mor_ext.analysis.style import GREY, LINES, new_figure, save
+    from mor_ext.analysis.text import coloured, legend, segments, texts
 except ImportError as error:
     raise SystemExit(f"the demo needs {error.name}: pip install 'mor_ext[demo]'") from error
 
-matplotlib.use("Agg")  # files only: no display is needed
-from matplotlib import pyplot as plt
-
 RECURSIONS = 3
-COLOURS = ["#7f7f7f", "#2a9d8f", "#e9a820", "#e4572e"]  # by depth, from 0
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -120,14 +117,16 @@ def run_demo(text: Text, recipe: Recipe, out: Path, console: Console) -> None:
         f"A token's depth depends on nothing after it; {mor.evaluation.agreement:.0%} of the "
         "held-out tokens get the depth that top-k over the sequence would give."
     )
-    console.print("\nA sample, coloured by depth:", legend())
+    console.print("\nA sample, coloured by depth:", legend(RECURSIONS))
     prompt = windows[0, :64]
     generator = torch.Generator().manual_seed(recipe.seed)
     sample = generate(mor.model, [prompt], 500, temperature=0.7, generator=generator)[0]
-    console.print(coloured(sample.tokens, sample.depth))
+    parts = segments(bytes_of(sample.tokens), sample.depth.tolist())
+    console.print(coloured(parts, RECURSIONS))
 
     excerpt = windows[0]
-    draw_depth(excerpt, mor.model(excerpt[None]).depth[0], out / "depth.png")
+    depth = mor.model(excerpt[None]).stage_depth[0]
+    save(draw_heat_map(mor.model.config, texts(bytes_of(excerpt)), depth), out / "depth.png")
     draw_losses(runs, bigram, out / "loss.png")
     console.print(f"\nDepth heat map: {out / 'depth.png'}   loss curves: {out / 'loss.png'}")
 
@@ -190,61 +189,24 @@ def table(runs: dict[str, Run], bigram: float) -> Table:
     return result
 
 
-def characters(tokens: Tensor, depth: Tensor) -> list[tuple[str, int]]:
-    """The characters of UTF-8 bytes, each with the depth of its last byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    pairs = zip(tokens.tolist(), depth.tolist(), strict=True)
-    decoded = [(char, d) for byte, d in pairs for char in decoder.decode(bytes([byte]))]
-    return [(char if char.isprintable() or char == "\n" else "\ufffd", d) for char, d in decoded]
-
-
-def coloured(tokens: Tensor, depth: Tensor) -> Line:
-    return Line.assemble(*((char, COLOURS[d]) for char, d in characters(tokens, depth)))
-
-
-def legend() -> Line:
-    return Line.assemble(*((f" {d} ", f"white on {colour}") for d, colour in enumerate(COLOURS)))
-
-
-def draw_depth(tokens: Tensor, depth: Tensor, path: Path, width: int = 64) -> None:
-    """Heat map: a column for each character, a row for each recursion that it could take."""
-    pairs = characters(tokens, depth)
-    lines = [pairs[i : i + width] for i in range(0, len(pairs), width)]
-    figure, axes = plt.subplots(len(lines), figsize=(14, 1.1 * len(lines)), squeeze=False)
-    colours = matplotlib.colors.ListedColormap(["#f4f4f4", *COLOURS[1:]])
-    for axis, line in zip(axes[:, 0], lines, strict=True):
-        cells = torch.zeros(RECURSIONS, width)
-        for column, (_, d) in enumerate(line):
-            cells[:d, column] = d
-        axis.imshow(cells, cmap=colours, vmin=0, vmax=RECURSIONS, origin="lower", aspect="auto")
-        labels = [
-            char if char.isprintable() else "\u23ce" if char == "\n" else "" for char, _ in line
-        ]
-        axis.set_xticks(range(len(line)), labels, family="monospace", fontsize=9)
-        axis.set_yticks(range(RECURSIONS), range(1, RECURSIONS + 1), fontsize=8)
-        axis.tick_params(length=0)
-    axes[0, 0].set_title("Recursions that each character of held-out text took")
-    figure.supylabel("recursion")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def bytes_of(tokens: Tensor) -> list[bytes]:
+    return [bytes([token]) for token in tokens.tolist()]
 
 
 def draw_losses(runs: dict[str, Run], bigram: float, path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for name, r in runs.items():
+    figure, (axis,) = new_figure(8, 5)
+    for colour, (name, r) in zip(LINES, runs.items(), strict=False):
         bits = torch.tensor(r.losses) / math.log(2)
         window = max(1, len(bits) // 30)
         smooth = bits.unfold(0, window, 1).mean(dim=1)
-        axis.plot(range(window, len(bits) + 1), smooth, label=f"{name}, training")
-        axis.plot(len(bits), r.evaluation.bits, "o", color=axis.lines[-1].get_color())
-    axis.axhline(bigram / math.log(2), color="grey", linestyle="--", label="byte bigram table")
-    axis.plot([], [], "o", color="grey", label="held-out text, causal depths")
+        steps = range(window, len(bits) + 1)
+        axis.plot(steps, smooth, color=colour, label=f"{name}, training")
+        axis.plot(len(bits), r.evaluation.bits, "o", color=colour)
+    axis.axhline(bigram / math.log(2), color=GREY, linestyle="--", label="byte bigram table")
+    axis.plot([], [], "o", color=GREY, label="held-out text, causal depths")
     axis.set(xlabel="step", ylabel="bits per byte", title="Loss")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axis.legend(frameon=False)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The demo, with a few steps."""
 
 import pytest
-import torch
 
 from mor_ext import demo
 from mor_ext.training import stdlib_text
@@ -27,17 +26,3 @@ def test_errors_name_the_file(tmp_path, capsys):
             demo.main(["--text", str(tmp_path / name)])
         printed = capsys.readouterr().err
         assert name in printed and message in printed
-
-
-def test_a_character_of_several_bytes_has_the_depth_of_the_last():
-    tokens = torch.tensor(list("aé\n".encode() + b"\xff\x1b"))
-    depth = torch.tensor([1, 2, 3, 0, 1, 2])
-    assert demo.characters(tokens, depth) == [
-        ("a", 1), ("é", 3), ("\n", 0), ("\ufffd", 1), ("\ufffd", 2)
-    ]  # fmt: skip
-
-
-def test_sample_is_coloured_by_depth():
-    line = demo.coloured(torch.tensor(list(b"abc")), torch.tensor([0, 3, 1]))
-    assert line.plain == "abc"
-    assert [span.style for span in line.spans] == [demo.COLOURS[d] for d in (0, 3, 1)]
