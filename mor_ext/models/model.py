@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -64,6 +65,14 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
                 stacklevel=2,
             )
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> MoRForCausalLM:
+        """As in transformers; a file that is cut short is a ValueError too."""
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{source} must hold whole safetensors files, got {error}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal; what enters the residual stream is scaled by the depth, as in GPT-2."""
@@ -154,9 +163,11 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             kept = packing.keep(hidden, logits_to_keep)
             output.logits = F.linear(kept, self.head_weight())
-        output.stage_depth = packing.unpack(torch.stack(depths, dim=-1))
+        stage_depth = torch.stack(depths, dim=-1)  # [total, stages]
         # Every stage counts its applications; the layers that are not shared are no recursions.
-        output.depth = output.stage_depth.sum(-1, dtype=torch.int32) - self.config.unshared_layers
+        depth = stage_depth.sum(-1, dtype=torch.int32) - self.config.unshared_layers
+        output.depth = packing.unpack(depth)
+        output.stage_depth = packing.unpack(stage_depth)
         output.layers = packing.unpack(layers)
         return output.to_tuple() if return_dict is False else output
 
