@@ -42,6 +42,7 @@ class Meter:
         self.routed = [i for i, router in enumerate(routers) if type(router) is not Router]
         self.depths = torch.arange(config.num_recursions + 1, device=device)
         self.least_depth = least_depth(config)
+        self.positions = config.max_position_embeddings
         self.device = device
         self.reset()
 
@@ -53,7 +54,8 @@ class Meter:
         self.tokens, self.layers, self.compared, self.agreed = zero(), zero(), zero(), zero()
         size = (len(self.routed), len(self.depths))
         self.load = torch.zeros(size, dtype=torch.float64, device=self.device)
-        self.reached: Tensor | None = None  # fp64 [routed blocks, length], 0 where never chosen
+        # By position: how often the last depth of a routed block chose it, and how often it was.
+        self.reached = self.load.new_zeros(len(self.routed) + 1, self.positions)
 
     @torch.no_grad()
     def add(
@@ -90,8 +92,9 @@ class Meter:
             other = trained.stage_depth[..., self.routed]
             self.compared += labels.numel()
             self.agreed += (depth == other).all(dim=-1).sum()
-            last = (other == len(self.depths) - 1).sum(dim=0).T  # [routed blocks, length]
-            self.reached = last.double() if self.reached is None else self.reached + last
+            chosen = (other == len(self.depths) - 1).sum(dim=0).T  # [routed blocks, length]
+            self.reached[:-1, : labels.shape[1]] += chosen
+            self.reached[-1, : labels.shape[1]] += len(labels)
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means, and starts anew; ``reduce`` sums a tensor over processes.
@@ -100,13 +103,10 @@ class Meter:
         """
         sums = [self.nll, self.aux_loss, self.scored, self.num_bytes]
         sums += [self.tokens, self.layers, self.compared, self.agreed]
-        parts = [torch.stack(sums), self.load.flatten()]
-        if self.reached is not None:
-            parts.append(self.reached.flatten())
-        everything = reduce(torch.cat(parts)).cpu()
-        nll, aux_loss, scored, num_bytes, tokens, layers, compared, agreed = everything[:8].tolist()
-        load = everything[8 : 8 + self.load.numel()].view(self.load.shape)
-        reached = everything[8 + self.load.numel() :].view(len(self.routed), -1)
+        parts = [torch.stack(sums), self.load.flatten(), self.reached.flatten()]
+        split = reduce(torch.cat(parts)).cpu().split([part.numel() for part in parts])
+        nll, aux_loss, scored, num_bytes, tokens, layers, compared, agreed = split[0].tolist()
+        load, reached = split[1].view_as(self.load), split[2].view_as(self.reached)
         self.reset()
 
         scored = scored or math.nan
@@ -120,7 +120,8 @@ class Meter:
             result["bits_per_byte"] = nll / math.log(2) / num_bytes
         if compared:
             result["agreement"] = agreed / compared
-            result["dead_tokens"] = (reached == 0).double().mean().item()
+            positions = reached[:-1, reached[-1] > 0]
+            result["dead_tokens"] = (positions == 0).double().mean().item()
         return result | self._loads(load[:, self.least_depth :])
 
     def _loads(self, load: Tensor) -> dict[str, float]:  # [routed blocks, depths]

@@ -1,5 +1,6 @@
 """Where the time of a training step goes."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,7 @@ def routing_shares(step: Callable[[], Any]) -> dict[str, float]:
     Args:
         step: forward and backward, and whatever else belongs to a step; it runs twice.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
     with ExitStack() as stack:
         for owner, name, method in [*_routing_methods()]:
             stack.enter_context(patch.object(owner, name, _traced(method)))

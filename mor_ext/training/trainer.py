@@ -131,7 +131,7 @@ class MoRTrainer(ShardedTrainer):
         self.held_out.reset()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **others)
         read = self.held_out.read(self._sum)
-        output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in read.items()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": read[name] for name in read})
         return output
 
     @torch.no_grad()
