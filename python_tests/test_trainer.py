@@ -106,7 +106,10 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [
-        ("cosine", [0.0, 0.5, 1.0, *(0.55 + 0.45 * math.cos(math.pi * i / 8) for i in range(1, 8))]),
+        (
+            "cosine",
+            [0.0, 0.5, 1.0, *(0.55 + 0.45 * math.cos(math.pi * i / 8) for i in range(1, 8))],
+        ),
         ("wsd", [0.1, 0.55, *[1.0] * 5, 0.775, 0.55, 0.325]),
     ],
 )

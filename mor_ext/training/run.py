@@ -108,9 +108,7 @@ def find_checkpoint(recipe: RunRecipe, resume: str | None) -> Path | None:
     return Path(resume)
 
 
-def make_trainer(
-    recipe: RunRecipe, corpus: Corpus, processes: int, console: Console
-) -> MoRTrainer:
+def make_trainer(recipe: RunRecipe, corpus: Corpus, processes: int, console: Console) -> MoRTrainer:
     set_seed(recipe.training.seed)
     model = build_model(recipe, corpus.tokenizer)
     return MoRTrainer(
@@ -167,7 +165,9 @@ def spread(windows: PackedDataset, count: int) -> PackedDataset | Subset[dict[st
 def _finish(trainer: MoRTrainer, recipe: RunRecipe, corpus: Corpus) -> Result | None:
     trainer.save_model()  # a failure from here on does not lose it
     metrics = trainer.evaluate(corpus.validation)
-    items = [corpus.validation[i % len(corpus.validation)] for i in range(recipe.training.batch_size)]
+    items = [
+        corpus.validation[i % len(corpus.validation)] for i in range(recipe.training.batch_size)
+    ]
     trainer.log({"router_share": trainer.router_share(default_data_collator(items))})
     trainer.save_state()
     metrics |= _last(trainer.state.log_history, "tokens_per_second", "router_share")

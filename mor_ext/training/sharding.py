@@ -2,12 +2,12 @@
 
 A unit, whose parameters are gathered and whose gradients are reduced at once, is a recursion: its
 layers are gathered once for all depths. With layers as units a shared layer would be gathered and
-reduced at every depth; and K/V that later depths see, or that tokens leave as they exit, go out of a
-layer beside its output, where the hooks of a unit do not see them. The layers of a model that does
-not recur are units of their own.
+reduced at every depth; and K/V that later depths see, or that tokens leave as they exit, go out of
+a layer beside its output, where the hooks of a unit do not see them. The layers of a model that
+does not recur are units of their own.
 
-What remains, the embedding, the last norm and the head, is the root's: the weight of tied embeddings
-is used outside of the module that holds it.
+What remains, the embedding, the last norm and the head, is the root's: the weight of tied
+embeddings is used outside of the module that holds it.
 """
 
 from __future__ import annotations
@@ -55,14 +55,18 @@ def shard(model: MoRForCausalLM) -> None:
 class ShardedTrainer(Trainer):
     """A Trainer that shards the model if ``sharded``; where the Trainer's own FSDP falls short.
 
-    accelerate wraps classes of modules, so that it could not tell apart what is above; it has FSDP
-    on GPUs alone; and it finds the optimizer's parameters again by the address of their shard, which
-    is one for all of the empty shards that small routers have. So the Trainer is told that the
-    model was sharded as it was loaded, which leaves all of it to the model but checkpoints.
+    accelerate wraps classes of modules, which cannot tell apart what is above; it has FSDP on GPUs
+    alone; and it finds the optimizer's parameters again by the address of their shard, which is one
+    for all of the empty shards that small routers have. So the Trainer is told that the model was
+    sharded as it was loaded, which leaves all of it to the model but checkpoints.
 
     Those have whole parameters and the optimizer's whole state, gathered by the first process: they
     serve any number of processes.
     """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, sharded: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,7 +103,9 @@ class ShardedTrainer(Trainer):
         if not self.sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         first = self.args.process_index == 0
-        state = load_file(Path(resume_from_checkpoint) / MODEL) if first else {}
+        state: dict[str, Any] = {}
+        if first:
+            state |= load_file(Path(resume_from_checkpoint) / MODEL)
         set_model_state_dict(self.model, state, options=SPREAD)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer for these models: routers that move after a step, and what a run reports."""
+"""Hugging Face's Trainer for these models: routers that learn after a step, and what it reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -18,6 +19,7 @@ from mor_ext.training.recipe import RunRecipe
 from mor_ext.training.sharding import ShardedTrainer
 
 Batch = dict[str, Tensor]
+SCHEDULES = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay"}  # of transformers
 
 
 def training_arguments(recipe: RunRecipe, steps: int, **others: Any) -> TrainingArguments:
@@ -26,68 +28,65 @@ def training_arguments(recipe: RunRecipe, steps: int, **others: Any) -> Training
     AdamW leaves out norms and biases of weight decay, as the Trainer's rule by name has it.
     """
     training = recipe.training
-    warmup = round(training.warmup * steps)
+    shape: dict[str, Any] = {"min_lr_rate": training.final}
     if training.schedule == "wsd":
-        schedule = "warmup_stable_decay"
-        settings = {
-            "num_decay_steps": round(training.decay * steps),
+        decay = round(training.decay * steps)
+        shape = {
+            "num_decay_steps": decay,
             "decay_type": "linear",
             "min_lr_ratio": training.final,
         }
-    else:
-        schedule, settings = "cosine_with_min_lr", {"min_lr_rate": training.final}
-    return TrainingArguments(
-        **{
-            "output_dir": recipe.output,
-            "max_steps": steps,
-            "per_device_train_batch_size": training.batch_size,
-            "per_device_eval_batch_size": training.batch_size,
-            "gradient_accumulation_steps": training.gradient_accumulation,
-            "optim": "adamw_torch_fused",
-            "learning_rate": training.learning_rate,
-            "lr_scheduler_type": schedule,
-            "lr_scheduler_kwargs": settings,
-            "warmup_steps": warmup,
-            "weight_decay": training.weight_decay,
-            "adam_beta1": training.betas[0],
-            "adam_beta2": training.betas[1],
-            "max_grad_norm": training.clip,
-            "bf16": training.bf16,
-            "activation_checkpointing": training.gradient_checkpointing,
-            "torch_compile": training.compile,
-            "seed": training.seed,
-            "data_seed": training.seed,
-            "logging_steps": training.log_every,
-            "eval_strategy": "steps",
-            "eval_steps": training.eval_every,
-            "save_steps": training.save_every,
-            "save_total_limit": 2,
-            "report_to": ["tensorboard"],
-            "disable_tqdm": True,
-            "use_cpu": not torch.cuda.is_available(),
-            "use_cache": True,  # it ends up in the model's config
-            "remove_unused_columns": False,  # num_bytes
-            "prediction_loss_only": True,
-            "logging_nan_inf_filter": False,  # would wait for the device at every batch
-            "accelerator_config": {"dispatch_batches": False},
-            "ddp_find_unused_parameters": False,
-            "ddp_broadcast_buffers": False,  # loads of routers are each process's own
-        }
-        | others
-    )
+    settings: dict[str, Any] = {
+        "output_dir": recipe.output,
+        "max_steps": steps,
+        "per_device_train_batch_size": training.batch_size,
+        "per_device_eval_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "optim": "adamw_torch_fused",
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": SCHEDULES[training.schedule],
+        "lr_scheduler_kwargs": shape,
+        "warmup_steps": round(training.warmup * steps),
+        "weight_decay": training.weight_decay,
+        "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1],
+        "max_grad_norm": training.clip,
+        "bf16": training.bf16,
+        "activation_checkpointing": training.gradient_checkpointing,
+        "torch_compile": training.compile,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "logging_steps": training.log_every,
+        "eval_strategy": "steps",
+        "eval_steps": training.eval_every,
+        "save_steps": training.save_every,
+        "save_total_limit": 2,
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "use_cache": True,  # it ends up in the model's config
+        "remove_unused_columns": False,  # num_bytes
+        "prediction_loss_only": True,
+        "logging_nan_inf_filter": False,  # would wait for the device at every batch
+        "accelerator_config": {"dispatch_batches": False},
+        "ddp_find_unused_parameters": False,
+        "ddp_broadcast_buffers": False,  # loads of routers are each process's own
+    }
+    return TrainingArguments(**settings | others)
 
 
 class MoRTrainer(ShardedTrainer):
     """Trains a :class:`~mor_ext.models.MoRForCausalLM`.
 
     Items of the data sets have ``input_ids`` and ``labels``, ``[length]``, and may have
-    ``num_bytes``; see :mod:`mor_ext.training.dataset`. The log has, beside what the Trainer writes,
-    what a :class:`Meter` reads, of training batches and, with the prefix ``eval_``, of held-out text
-    by the causal rule, and ``tokens_per_second`` of all processes. A batch waits for no number of it.
+    ``num_bytes``; see :mod:`mor_ext.training.dataset`. The log has, beside what the Trainer
+    writes, what a :class:`Meter` reads: of training batches, and with the prefix ``eval_`` of
+    held-out text by the causal rule; and ``tokens_per_second`` of all processes. No batch waits
+    for a number of it.
 
-    With several batches a step, or several processes, the model's losses are scaled by the labels of
-    the whole step, so that it is the step of one large batch; but the balance loss of token choice,
-    a product of means, is taken of each batch of a process.
+    With several batches a step, or several processes, the losses are divided by the labels of the
+    whole step, so that it is the step of one large batch; but the balance loss of token choice, a
+    product of means, is that of each batch of a process.
 
     Args:
         sharded: FSDP2 instead of DDP, see :mod:`mor_ext.training.sharding`.
@@ -126,12 +125,20 @@ class MoRTrainer(ShardedTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **others: Any
+        self,
+        dataloader: DataLoader[Batch],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self.held_out.reset()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **others)
-        read = self.held_out.read(self._sum)
-        output.metrics.update({f"{metric_key_prefix}_{name}": read[name] for name in read})
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        assert output.metrics is not None
+        for name, value in self.held_out.read(self._sum).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     @torch.no_grad()
@@ -183,8 +190,10 @@ class MoRTrainer(ShardedTrainer):
 class RouterCallback(TrainerCallback):
     """What routers learn without a gradient, after every optimizer step."""
 
-    def on_optimizer_step(self, *args: Any, model: MoRForCausalLM, **others: Any) -> None:
-        model.update_routers()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kwargs["model"].update_routers()
 
 
 class Clock(TrainerCallback):
@@ -194,10 +203,14 @@ class Clock(TrainerCallback):
         self.tokens, self.seconds = 0, 0.0
         self.begun = self.ended = 0.0
 
-    def on_step_begin(self, *args: Any, **others: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.begun = time.perf_counter()
 
-    def on_step_end(self, *args: Any, **others: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.ended = time.perf_counter()
         self.seconds += self.ended - self.begun
 
