@@ -1,8 +1,9 @@
 """Tables and charts of a bench run: python bench/report.py bench/out/bench.json
 
 Writes report.md and, where matplotlib is installed, one PNG a family beside the JSON file; prints
-the Markdown, which ends with the results of bench/gpu.py that are in bench/results. Without a file
-it prints these alone. Ratios are medians over rounds in which the peer and mor_ext took turns.
+the Markdown, which ends with the whole models of bench_models.py, if models.json is there too, and
+the results of bench/gpu.py that are in bench/results. Without a file it prints these last alone.
+Ratios are medians over rounds in which the peer and mor_ext took turns.
 """
 
 import json
@@ -11,10 +12,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench_models import models_section
 from gpu_report import gpu_section
 
 OURS = "mor"
-PEERS = ["eager", "eager mask", "compiled", "sdpa", "vanilla"]
+PEERS = ["eager", "eager mask", "compiled", "sdpa"]
 
 Entry = dict[str, Any]
 Group = dict[str, Entry]  # of one piece of work: an entry a peer
@@ -57,11 +59,6 @@ def goals(group: Group) -> list[tuple[str, str, str, bool]]:
         if least:
             got = ratio(entry)
             rows.append((name(group), f">= {least:g}x {peer}", f"{got:.2f}x", got >= least))
-        most = entry["extra_info"].get("largest_share")
-        if most:
-            share = sum(entry["extra_info"]["routing_shares"].values())
-            text = f"routing, gather, scatter <= {most:.0%} of the step"
-            rows.append((name(group), text, f"{share:.2%}", share <= most))
     return rows
 
 
@@ -113,7 +110,7 @@ def conditions(report: dict[str, Any]) -> str:
     )
 
 
-def markdown(report: dict[str, Any]) -> str:
+def markdown(report: dict[str, Any], models: dict[str, Any] | None) -> str:
     found = families(report)
     wanted = [row for groups in found.values() for group in groups for row in goals(group)]
     parts = ["## Conditions", conditions(report)]
@@ -122,6 +119,8 @@ def markdown(report: dict[str, Any]) -> str:
         parts += ["## Goals", table(["work", "goal", "measured", "met"], rows)]
     for family, groups in found.items():
         parts += [f"## {family}", family_table(groups)]
+    if models:
+        parts += ["## Whole models", models_section(models)]
     parts += ["## GPU", gpu_section().rstrip()]
     return "\n\n".join(parts) + "\n"
 
@@ -167,7 +166,8 @@ def main(path: Path | None) -> None:
         print(gpu_section(), end="")
         return
     report = json.loads(path.read_text())
-    text = markdown(report)
+    beside = path.parent / "models.json"
+    text = markdown(report, json.loads(beside.read_text()) if beside.exists() else None)
     (path.parent / "report.md").write_text(text)
     print(text)
     try:

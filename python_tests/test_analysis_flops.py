@@ -115,8 +115,11 @@ def test_the_formula_of_expert_choice_is_what_a_training_pass_executes(sharing, 
     assert rest == pytest.approx(products(counted))
 
 
-@pytest.mark.parametrize("kv_strategy", KV_STRATEGY)
-@pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
+@pytest.mark.parametrize(
+    ("routing", "kv_strategy"),
+    [("token_choice", "recursion_wise"), ("none", "recursion_wise")]
+    + [("expert_choice", kv_strategy) for kv_strategy in KV_STRATEGY],
+)
 def test_training_counts_three_times_the_forward_pass(routing, kv_strategy, seed):
     config = config_of(routing, kv_strategy=kv_strategy)
     model = MoRForCausalLM(config).train()
@@ -190,9 +193,19 @@ def test_the_kv_strategies_by_hand(kv_strategy, projections, attention):
     }
 
 
+def test_a_depth_that_nobody_reaches_costs_its_router_alone():
+    """Not even the K/V of the tokens that have left, for nobody sees them."""
+    fields = {"num_hidden_layers": 2, "num_recursions": 2, "routing": "expert_choice"}
+    flops = by_hand([[1], [1]], kv_strategy="frozen", **fields)
+    assert flops["projections"] == [512, 512]
+    assert flops["router"] == [32, 32]
+
+
 def test_shares_that_routings_aim_at():
     assert aimed_shares(config_of("none"), 10) == [1, 1, 1]
     assert aimed_shares(config_of("expert_choice"), 10) == [1, 0.6, 0.3]  # 6 and 3 whole tokens
+    rising = config_of("expert_choice", capacity=(0.5, 0.8, 0.2))
+    assert aimed_shares(rising, 10) == [0.5, 0.5, 0.2]  # of those of the depth before
     assert aimed_shares(config_of("token_choice"), 10) == [1, 2 / 3, 1 / 3]
     assert aimed_shares(config_of("action"), 10) == [2 / 3, 1 / 3]
     assert aimed_shares(config_of("fixed_depth"), 10) == [1, 1, 0]

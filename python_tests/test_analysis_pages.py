@@ -2,7 +2,9 @@
 
 import io
 import math
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from mor_ext.analysis.pareto import Point
 from mor_ext.analysis.rank import correlate
 from mor_ext.analysis.report import write_report
 from mor_ext.analysis.style import depth_colours, ink, new_figure, png, save
-from mor_ext.analysis.text import Segment, coloured, legend, segments, texts
+from mor_ext.analysis.text import Segment, coloured, legend, pieces_of, segments, texts
 from mor_ext.models import MoRConfig
+from mor_ext.training.tokenizer import encode, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = "<script>alert('&')</script>"
@@ -48,6 +51,24 @@ def test_tokens_of_several_characters_stay_whole():
     pieces = [b"Hel", b"lo \xe0", b"\xa6\xac", b"\xe2"]  # ends within a character
     assert texts(pieces) == ["Hel", "lo ", "\u09ac", "\ufffd"]
     assert texts([]) == []
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe", "sentencepiece"])
+def test_pieces_of_tokens_are_the_text(kind):
+    text = "A river, a r\u00edver.\n\u09a8\u09a6\u09c0 the river \U0001f600\n" * 30
+    tokenizer = train_tokenizer(kind, [text], vocab_size=300)
+    ids = encode(tokenizer, [text])[0].ids.tolist()
+    pieces = pieces_of(tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert b"".join(pieces).decode() == text
+    if kind == "byte":
+        assert pieces[: len("A river, a r\u00ed".encode())][-3:] == [b"r", b"", "\u00ed".encode()]
+
+
+def test_pieces_of_bytes_that_are_no_text():
+    tokenizer = train_tokenizer("byte", [])
+    pieces = pieces_of(tokenizer, [*b"a", 0xE2, 0x82, *b"bc", 0xFF])
+    assert texts(pieces) == ["a", "", "", "\ufffdb", "c", "\ufffd"]
 
 
 def test_every_token_has_a_depth():
@@ -109,18 +130,14 @@ def test_tokens_without_a_loss_are_left_out(seed):
 
 
 def test_the_interval_is_the_bootstraps_over_sequences(seed):
-    """Against resampled sequences, ranked anew one sample at a time."""
+    """Against the same draws of sequences, each ranked anew."""
     x = torch.randint(0, 4, (12, 15)).double()
-    y = x + 3 * torch.randn(12, 15) + 2 * torch.randn(12, 1)  # alike within a sequence
-    result = correlate(x, y, samples=400)
-    rhos = []
-    for _ in range(400):
-        drawn = torch.randint(12, (12,))
-        rhos.append(correlate(x[drawn].view(1, -1), y[drawn].view(1, -1)).rho)
-    rhos = torch.tensor(rhos)
-    spread = rhos.std().item()
+    y = x * torch.randn(12, 1) + torch.randn(12, 15)  # alike within a sequence
+    result = correlate(x, y, samples=50, seed=3)
+    draws = torch.randint(12, (50, 12), generator=torch.Generator().manual_seed(3))
+    rhos = [correlate(x[drawn].view(1, -1), y[drawn].view(1, -1)).rho for drawn in draws]
     for bound, level in ((result.low, 0.025), (result.high, 0.975)):
-        assert bound == pytest.approx(rhos.quantile(level).item(), abs=0.8 * spread)
+        assert bound == pytest.approx(torch.tensor(rhos).double().quantile(level).item())
     assert result.low < result.rho < result.high
 
 
@@ -186,6 +203,11 @@ def test_heat_map_of_other_layouts(fields, second, rows):
     figure = draw_heat_map(config, ["token", " $x$"], torch.tensor([first, second]))
     assert figure.axes[0].collections[0].get_array().tolist() == rows
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_heat_map_needs_a_text_and_all_stages_of_each_token():
+    with pytest.raises(ValueError, match=r"stage_depth must be \[2, 3\] .* got \[2, 1\]"):
+        draw_heat_map(CONFIG, ["a", "b"], torch.ones(2, 1))
 
 
 def test_depth_against_loss_has_a_box_for_each_depth():
@@ -347,3 +369,14 @@ def test_report_of_a_run(tmp_path, seed):
     assert len(titles) == 39
     assert titles[0] == f"depth {depth[0, 0]}, loss {loss[0, 0]:.2f} nats"
     assert titles[-1] == f"depth {depth[0, -1]}"
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[1] / "docs" / "analysis.md"
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    exec(compile(snippet, "analysis.md", "exec"), {})
+    assert "FLOPs a token, forward" in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["depth.png", "depth_loss.png", "run.html"]

@@ -72,11 +72,64 @@ def test_check_rejects_another_result(bench: Callable[[str], ModuleType]) -> Non
         case.check("eager")
 
 
-def test_routing_shares_find_both_passes(bench: Callable[[str], ModuleType]) -> None:
+def test_models_bench(bench: Callable[[str], ModuleType]) -> None:
+    """Small models through all of it: a process each, FLOPs, memory, the table."""
     models = bench("bench_models")
-    case = models.training_case(2, 32, 64, 5, 3, "recursion_wise")
-    shares = models.routing_shares(case.peers["mor"])
+    sizes = models.Sizes(2, 16, 40, 32, 64, 5, 4, 2)
+    found = models.measure(sizes, rounds=2, threads=1, keep_freed_memory=True)
+    vanilla, routed = found["vanilla"], found["MoR-3 expert choice"]
+    weights = 5 * (32 * 64 + 32 * 32 + 3 * 32 * 64) + 32 * 40
+    attention = 5 * 2 * (16 * 17 // 2) * 4 * 32  # layers, sequences, pairs
+    assert vanilla["forward_flops"] == 2 * 32 * weights + attention
+    assert vanilla["step_flops"] == 6 * 32 * weights + 7 * attention // 2
+    assert 0.5 < routed["step_flops"] / vanilla["step_flops"] < 1
+    assert routed["depth"] == pytest.approx(1 + (10 + 5) / 16)  # of 16, int(2/3) and int(1/3)
+    assert 0 < routed["routing_share"] < 1
+    rows = models.models_section({"conditions": "here", "models": found}).splitlines()[4:]
+    assert [row.split(" | ")[0].split(", mean")[0] for row in rows] == [
+        f"| {name}" for name in models.MODELS
+    ]
+
+
+def test_routing_shares_find_both_passes(bench: Callable[[str], ModuleType]) -> None:
+    models = bench("models_worker")
+    sizes = models.Sizes(2, 16, 40, 32, 64, 5, 4, 2)
+    work = models.Work(models.Spec("MoR-3 token choice", sizes, 1, False))
+    shares = models.routing_shares(work.step)
+    assert set(shares) == {"forward", "backward"}
     assert all(share > 0 for share in shares.values()) and sum(shares.values()) < 1, shares
+
+
+def test_models_bench_judges(bench: Callable[[str], ModuleType]) -> None:
+    """Made-up times: a round in which the machine was busy changes no ratio."""
+    models = bench("bench_models")
+    times = {
+        "vanilla": [1.0, 5.0, 1.0],
+        "transformers Llama, SDPA": [1.1, 5.5, 1.1],
+        "MoR-3 expert choice": [0.7, 3.5, 0.7],
+        "MoR-3 token choice": [0.8, 4.0, 0.8],
+    }
+    found = {
+        name: {
+            "step": [{"seconds": t, "cpu": 2 * t} for t in turns],
+            "forward": [{"seconds": t, "cpu": 2 * t} for t in turns],
+            "step_flops": 75 if "MoR" in name else 100,
+            "forward_flops": 75,
+            "memory": 1000 * turns[0],
+            "routing_share": 0.02 if "MoR" in name else 0.0,
+        }
+        for name, turns in times.items()
+    }
+    vanilla, llama, expert, token = models.judged(found)
+    assert vanilla["goals"] == [("step / transformers", 1.0, pytest.approx(1 / 1.1))]
+    assert llama["step_ratio"] == pytest.approx(1.1) and not llama["goals"]
+    assert expert["step_ratio"] == expert["step_cpu_ratio"] == pytest.approx(0.7)
+    measured = {what: (bound, got) for what, bound, got in token["goals"]}
+    assert measured["step / FLOP ratio"] == (1.03, pytest.approx(0.8 / 0.75))
+    assert measured["memory"] == (0.8, pytest.approx(0.8))
+    text = models.table([expert | {"depth": 2.0}, token | {"depth": 2.0}])
+    assert "step <= 0.72: 0.7, yes" in text and "routing <= 0.01: 0.02, **no**" in text
+    assert "step / FLOP ratio <= 1.03: 1.07, **no**" in text
 
 
 def test_report(tmp_path: Path) -> None:

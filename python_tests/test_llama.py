@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_accurate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
@@ -66,9 +67,9 @@ def test_logits_of_a_real_model_equal_those_of_transformers(stories, seed):
     with torch.no_grad():
         ours = from_llama(stories)(ids).logits
         theirs = LlamaForCausalLM.from_pretrained(stories)(ids).logits
-        exact = LlamaForCausalLM.from_pretrained(stories).double()(ids).logits
-    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
-    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)  # logits up to 20
+        exact = from_llama(stories, dtype=torch.float64)(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)  # logits up to 20
+    assert_accurate(ours, theirs, exact, atol=1e-5)
 
 
 def test_a_real_model_writes_the_same_story(stories):
@@ -260,7 +261,8 @@ def test_routers_start_as_in_a_new_model(fields, seed):
     )
     assert routers.keys() == expected.keys() and routers
     for name, tensor in routers.items():
-        bound = 6 * model.config.initializer_range / tensor.numel() ** 0.5
+        bound = 10 * model.config.initializer_range / tensor.numel() ** 0.5
+        assert tensor.any() == expected[name].any(), name
         for statistic in (torch.mean, lambda t: t.std(correction=0)):
             assert abs(statistic(tensor) - statistic(expected[name])) <= bound, name
 
@@ -357,7 +359,7 @@ NAME = "model.layers.2.mlp.up_proj.weight"
         (lambda t: t | {NAME: t[NAME].T}, r"{name} in {file} must .* \[56, 32\], got \[32, 56\]"),
         (
             lambda t: {n: t[n] for n in t if n != NAME},
-            "{name} must be in .*{file}.*, but is missing",
+            "{name} must be in {folder}, but is missing",
         ),
         (lambda t: t | {NAME + "s": t[NAME].clone()}, "{name}s in {file} must not be there"),
     ],
@@ -367,7 +369,7 @@ def test_a_tensor_that_does_not_fit_is_named(change, message, folder):
     path = shard_of(folder, NAME)
     tensors = {name: t.contiguous() for name, t in change(load_file(path)).items()}
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=message.format(name=NAME, file=path)):
+    with pytest.raises(ValueError, match=message.format(name=NAME, file=path, folder=folder)):
         from_llama(folder)
 
 

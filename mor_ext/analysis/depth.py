@@ -92,6 +92,7 @@ def _draw_strip(
         [_label(text) for text in texts],
         fontproperties=FONT,
         rotation=90 if long else 0,
+        parse_math=False,
     )
     step = -(-len(labels) // 12)  # a dozen labels at most
     rows = range(0, len(labels), step)
@@ -101,9 +102,11 @@ def _draw_strip(
 def _label(text: str) -> str:
     """A token's text on an axis: newline and space visible, a box for what the font lacks."""
     font = get_font(findfont(FONT))
-    text = text.replace("\n", "\u23ce").replace("\t", "\u21e5").replace("$", r"\$")
+    text = text.replace("\n", "\u23ce").replace("\t", "\u21e5")
     if len(text) > 1:
         text = text.replace(" ", "\u2423")
+    if len(text) > 12:
+        text = text[:11] + "\u2026"
     return "".join(c if font.get_char_index(ord(c)) else "\u25a1" for c in text)
 
 

@@ -87,9 +87,10 @@ def _compute(config: MoRConfig, stage_depth: Tensor) -> Table:
         rows.append([name, round(part.item()), share])
     return Table(
         "Compute",
-        ["part", "FLOPs a token, forward", "of all tokens at full depth"],
+        ["part", "FLOPs a token, forward", "of full depth"],
         rows,
-        f"Matrix products and visible pairs of attention, in sequences of {length:,} tokens.",
+        f"Matrix products and visible pairs of attention, in sequences of {length:,} tokens; "
+        "full depth is every token through every recursion.",
     )
 
 

@@ -6,10 +6,14 @@ import codecs
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from mor_ext.analysis.style import depth_colours, ink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,25 @@ class Segment:
     text: str
     depth: int  # of the last of the tokens
     loss: float = math.nan  # in nats, of what the last of the tokens predicts; NaN is unknown
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[bytes]:
+    """The UTF-8 bytes of each token's text; of a character split over several, at the last."""
+
+    def decoded(first: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[first:end])))
+
+    pieces = []
+    # Tokens from ``before`` to ``start`` are context: some tokenizers drop a space at the start.
+    before = start = 0
+    for end in range(1, len(ids) + 1):
+        text = decoded(before, end)
+        if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
+            pieces.append(b"")  # within a character, of 4 bytes at most
+        else:
+            pieces.append(text[len(decoded(before, start)) :].encode())
+            before, start = start, end
+    return pieces
 
 
 def texts(pieces: Sequence[bytes]) -> list[str]:

@@ -28,6 +28,7 @@ class PagedKV:
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # no layer has linear attention
 
     def __init__(self, model: "MoRForCausalLM", batch: int, max_length: int = 0) -> None:
         """max_length: tokens of a sequence that lanes have room for from the start."""

@@ -24,13 +24,15 @@ class Weight:
 class Checkpoint:
     """Tensors by name, read when they are asked for."""
 
-    def __init__(self, weights: dict[str, Weight]) -> None:
+    def __init__(self, place: str, weights: dict[str, Weight]) -> None:
+        self.place = place
         self.weights = weights
 
     @staticmethod
     def of_model(model: nn.Module) -> Checkpoint:
         place, state = type(model).__name__, model.state_dict()
-        return Checkpoint({name: Weight(place, partial(state.__getitem__, name)) for name in state})
+        weights = {name: Weight(place, partial(state.__getitem__, name)) for name in state}
+        return Checkpoint(place, weights)
 
     @staticmethod
     def of_folder(folder: Path) -> Checkpoint:
@@ -49,16 +51,14 @@ class Checkpoint:
             held = _open(path)
             for name in held.keys():  # noqa: SIM118, it is no dict
                 weights[name] = Weight(str(path), partial(held.get_tensor, name))
-        return Checkpoint(weights)
+        return Checkpoint(str(folder), weights)
 
     def check_names(self, needed: Iterable[str], ignored: Iterable[str]) -> None:
         """ValueError for the first name that is needed and not there, or the other way round."""
-        needed = dict.fromkeys(needed)
-        for name in needed:
-            if name not in self.weights:
-                places = sorted({weight.place for weight in self.weights.values()})
-                raise ValueError(f"{name} must be in {', '.join(places)}, but is missing")
-        for name in self.weights.keys() - needed.keys() - set(ignored):
+        needed = set(needed)
+        for name in sorted(needed - self.weights.keys()):
+            raise ValueError(f"{name} must be in {self.place}, but is missing")
+        for name in sorted(self.weights.keys() - needed - set(ignored)):
             raise ValueError(f"{name} in {self.weights[name].place} must not be there")
 
     def dtype(self, name: str) -> torch.dtype:

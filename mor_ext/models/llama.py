@@ -56,15 +56,15 @@ def from_llama(
     """A model with the weights of a Llama, on the CPU and in evaluation mode.
 
     With one recursion, no routing and the depth of the source it is the same function. Otherwise it
-    is where uptraining starts (Bae et al., arXiv 2410.20672, section 2.3). With "middle" sharings
-    the first and the last layer are the source's. The n layers that recursions share come from the
-    m others (all of the source where every layer is shared), by ``init``:
+    is where uptraining starts, by the methods of Bae et al., arXiv 2410.20672. With "middle"
+    sharings the first and the last layer are the source's. The n layers that recursions share come
+    from the m others, which are layers k to k + m - 1 of the source, by ``init``:
 
-    * stepwise: n at equal intervals, the first and the last of the m among them: number
-      ``i * (m - 1) / (n - 1)``, rounded, for the i-th; the first if n is 1.
-    * average: each the mean of the layers that it stands for, which are those of its place in the
-      unrolled model. Where that has u shared layers and not m, its i-th is number
-      ``i * (m - 1) / (u - 1)``, rounded.
+    * stepwise: n at equal intervals, the first and the last of the m among them: the i-th is layer
+      ``k + i * (m - 1) / (n - 1)``, rounded, a half to the even number; if n is 1 it is layer k.
+    * average: each the mean of the layers that it stands for, those of its places in the unrolled
+      model. Where that has u shared layers and not m, the one in place i is layer
+      ``k + i * (m - 1) / (u - 1)``, rounded.
     * lower: the first n; upper: the last n.
 
     What routers learn starts as in a new model.

@@ -20,7 +20,16 @@ from mor_ext import ops
 from mor_ext.inference.cache import PagedKV
 from mor_ext.models.config import MoRConfig
 from mor_ext.models.layout import stages_of
-from mor_ext.nn import Attention, PackedKV, Recursion, RMSNorm, Rotary, SwiGLU, Tokens
+from mor_ext.nn import (
+    Attention,
+    PackedKV,
+    Recursion,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    Tokens,
+    linear_cross_entropy,
+)
 from mor_ext.nn.routers.router import Scorer
 
 
@@ -67,12 +76,15 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> MoRForCausalLM:
-        """As in transformers; a file that is cut short is a ValueError too."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> MoRForCausalLM:
+        """As in transformers, but a file that is cut short is a ValueError that says where."""
+        folder = pretrained_model_name_or_path
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            return super().from_pretrained(folder, *model_args, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"{source} must hold whole safetensors files, got {error}") from error
+            raise ValueError(f"{folder} must hold whole safetensors files, got {error}") from error
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal; what enters the residual stream is scaled by the depth, as in GPT-2."""
@@ -198,11 +210,9 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """nll and loss from normed hidden ``[total, hidden_size]`` and labels ``[total]``."""
         assert output.aux_loss is not None
         targets = labels.roll(-1).index_fill(0, tokens.cu_seqlens[1:].long() - 1, -100)
-        logits = F.linear(hidden, self.head_weight())
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.to(wide), targets, reduction="sum")
+        total = linear_cross_entropy(hidden, self.head_weight(), targets, num_items=1)
         count = (targets != -100).sum()
-        output.nll = total / count
+        output.nll = total / count.clamp(min=1)
         if num_items is None:
             output.loss = output.nll + output.aux_loss
         else:
@@ -219,11 +229,6 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # forward makes a PagedKV
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        inputs.pop("position_ids", None)  # follow from the mask
-        return inputs
 
 
 @dataclass

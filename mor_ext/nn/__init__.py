@@ -3,6 +3,7 @@
 from mor_ext.nn.attention import Attention
 from mor_ext.nn.block import Block, Layer
 from mor_ext.nn.kv import KVStore, KVView, PackedKV
+from mor_ext.nn.loss import linear_cross_entropy
 from mor_ext.nn.mlp import SwiGLU
 from mor_ext.nn.norm import RMSNorm
 from mor_ext.nn.recursion import Recursion
@@ -36,4 +37,5 @@ __all__ = [
     "TokenChoiceRouter",
     "Tokens",
     "cu_seqlens_of",
+    "linear_cross_entropy",
 ]

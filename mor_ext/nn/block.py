@@ -24,11 +24,11 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, view: KVView, index: Tensor | None = None) -> Tensor:
         """The layer on rows ``index`` of hidden ``[N, hidden_size]``; None is every row."""
         if index is None:
-            rows, normed = hidden, self.attention_norm(hidden)
+            rows, normed = self.attention_norm.beside(hidden)
         else:
             rows, normed = self.attention_norm.gather(hidden, index)
-        rows = rows + self.attention(normed, view)
-        return rows + self.mlp(self.mlp_norm(rows))  # [k, hidden_size]
+        rows, normed = self.mlp_norm.beside(rows + self.attention(normed, view))
+        return rows + self.mlp(normed)  # [k, hidden_size]
 
     def leave(self, hidden: Tensor, view: KVView) -> None:
         """K/V of the tokens that have exited, from their rows of hidden ``[N, hidden_size]``."""
