@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -273,3 +274,16 @@ def test_evaluations_in_mid_run_spread_over_the_text():
     items = spread(range(10), 4)
     assert [items[i] for i in range(len(items))] == [0, 2, 5, 7]
     assert spread(range(3), 4) == range(3)
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "training.md").read_text()
+    content, program = (
+        re.search(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+        for language in ("yaml", "python")
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(content)
+    Path("text.txt").write_text(TEXT * 3)
+    exec(compile(program.replace("steps=20", "steps=2"), "training.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) > 0

@@ -177,10 +177,10 @@ class MoRTrainer(ShardedTrainer):
     def router_share(self, inputs: Batch) -> float:
         """The part of a training step's CPU time that goes to routing, gather and scatter.
 
-        Measured on one batch. Leaves the gradients empty, but not the loads of routers.
+        Measured on one batch, without compilation, which leaves no trace of whose an op was, and
+        without DDP. Leaves the gradients empty, but not the loads of routers: for after training.
         """
-        model = self.model_wrapped
-        model.train()
+        model = self.model.train()
         inputs = self._prepare_inputs({name: inputs[name] for name in ("input_ids", "labels")})
         shares = routing_shares(lambda: model(**inputs).loss.backward())
         model.zero_grad()
