@@ -73,6 +73,19 @@ def test_every_row_sees_what_the_strategy_says(strategy, stages, depthwise, rng)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_chunks_of_a_prompt_do_not_overtake_each_other(strategy, rng):
+    """Chunks of a token or two, many of which skip a whole stage, beside the one ahead of them."""
+    simulation = Simulation(SEQUENCE, strategy, 1000, max_batch=2, token_budget=7)
+    first = rng.randrange(PREFIXES // 2)
+    for n in range(first, first + 12):
+        simulation.submit(n, prompt_of(n, 60), 1)
+        for _ in range(rng.randint(0, 3)):
+            simulation.step()
+    simulation.finish()
+    assert len(simulation.outputs) == 12
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_outputs_do_not_depend_on_order_or_room(strategy, rng):
     requests = [(n, prompt_of(n, rng.randint(1, 50)), rng.randint(1, 9)) for n in range(20)]
     outputs = []
