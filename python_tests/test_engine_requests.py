@@ -126,6 +126,23 @@ def test_a_closed_stream_is_cancelled(engine):
     assert engine.statistics().blocks_used == 0
 
 
+def test_an_interrupted_batch_leaves_nothing_behind(engine, monkeypatch):
+    advance, steps = engine._advance, iter(range(3))
+
+    def interrupted() -> None:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        advance()
+
+    monkeypatch.setattr(engine, "_advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(["hello", "world"], greedy(9), progress=False)
+    monkeypatch.undo()
+    assert not engine.busy
+    engine.step()
+    assert engine.statistics().blocks_used == 0
+
+
 def test_a_cancelled_request_keeps_what_it_has(engine):
     free = one(engine, "hello", greedy(12))
     number = engine.submit("hello", greedy(12))

@@ -72,6 +72,26 @@ def test_every_row_sees_what_the_strategy_says(strategy, stages, depthwise, rng)
     assert_empty(simulation.scheduler)
 
 
+def test_tokens_that_skip_a_stage_do_not_overtake_the_one_in_it():
+    """The first takes four steps for the first stage; those behind it skip the stage."""
+    scheduler = Scheduler([(1, 4), (1, 1)], "recursion_wise", 9, 1, 8)
+    scheduler.submit(0, np.array([7], dtype=np.int32))
+    entered = []
+    for step in range(4):
+        scheduler.plan()
+        assert scheduler.enter(0).positions.tolist() == [step]
+        scheduler.choose(np.array([step == 0]))
+        assert scheduler.run(0).positions.tolist() == [0]
+        scheduler.advance()
+        entered.append(scheduler.enter(1).positions.tolist())
+        scheduler.choose()
+        if scheduler.run(1) is not None:
+            scheduler.advance()
+        scheduler.finish_step()
+        scheduler.append(np.array([0]), np.array([8 + step], dtype=np.int32))
+    assert entered == [[], [], [], [0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_outputs_do_not_depend_on_order_or_room(strategy, rng):
     requests = [(n, prompt_of(n, rng.randint(1, 50)), rng.randint(1, 9)) for n in range(20)]

@@ -40,8 +40,10 @@ const Entry& StageWalk::enter(int32_t stage) {
     const auto& units = sequence->units;
     for (size_t i = 0; i < units.size(); ++i) {
       const Unit& unit = units[i];
-      const bool follows = i == 0 || units[i - 1].stage >= stage;
-      if (unit.stage != stage || unit.inside() || !follows) {
+      if (unit.stage < stage) {
+        break;  // whoever comes behind it waits, though it may have skipped what this one is at
+      }
+      if (unit.stage != stage || unit.inside()) {
         continue;
       }
       parts_.push_back({sequence, i});
@@ -102,7 +104,9 @@ void StageWalk::settle(const Part& part) {
     if (layout_.carried() && !unit.listed.empty()) {
       // Its entries at deeper depths are those of this one. They stand behind those of the units
       // ahead, which may still have to be written.
-      if (part.number > 0 && part.sequence->units[part.number - 1].stage == stage_) {
+      const auto ahead = part.sequence->units.begin();
+      if (std::any_of(ahead, ahead + part.number,
+                      [&](const Unit& other) { return other.stage == stage_; })) {
         return;
       }
       fill_deeper(*part.sequence, unit);

@@ -270,15 +270,18 @@ class Engine:
             params = [params or SamplingParams()] * len(prompts)
         numbers = [self.submit(p, own) for p, own in zip(prompts, params, strict=True)]
         results: dict[int, Result] = {}
-        with progress_bar(len(numbers), progress) as show:
-            while True:
-                for number in set(numbers) - set(results):
-                    if (result := self._collect(number)) is not None:
-                        results[number] = result
+        try:
+            with progress_bar(len(numbers), progress) as show:
+                while True:
+                    for result in self._collect(set(numbers)):
+                        results[result.request] = result
                         show(result)
-                if len(results) == len(numbers):
-                    return [results[number] for number in numbers]
-                self._advance()
+                    if len(results) == len(numbers):
+                        return [results[number] for number in numbers]
+                    self._advance()
+        finally:  # if it is interrupted
+            for number in numbers:
+                self.cancel(number)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -293,21 +296,21 @@ class Engine:
             request.events = deque()
         try:
             while True:
-                result = self._collect(number)
+                results = self._collect({number})
                 while request is not None and request.events:
                     yield request.events.popleft()
-                if result is not None:
-                    return result
+                if results:
+                    return results[0]
                 self._advance()
         finally:
             self.cancel(number)
 
-    def _collect(self, number: int) -> Result | None:
-        """A finished request's result, once."""
-        for i, result in enumerate(self.finished):
-            if result.request == number:
-                return self.finished.pop(i)
-        return None
+    def _collect(self, numbers: set[int]) -> list[Result]:
+        """Results of those of the requests that have finished, once."""
+        own = [result for result in self.finished if result.request in numbers]
+        if own:
+            self.finished = [r for r in self.finished if r.request not in numbers]
+        return own
 
     def statistics(self) -> Statistics:
         scheduler, counters = self.scheduler, self.scheduler.counters
