@@ -127,6 +127,8 @@ def choose(config, router, entry, causal):
     def expert(step, hidden, active):
         logits = scores(router.scorers[step], hidden).squeeze(1)
         gate = config.router_alpha * activation[config.router_activation](logits).unsqueeze(1)
+        if config.capacity[step] >= (config.capacity[step - 1] if step else 1):
+            return active, gate, None
         if causal:
             aux = config.causal_rule == "aux_router"
             foreseen = scores(router.predictors[step], hidden).squeeze(1) if aux else logits

@@ -269,7 +269,10 @@ def test_weights_stay_tied_through_training_saving_and_loading(sharing, tmp_path
         assert len(storages) == len(m.state_dict()) == len(list(m.parameters()))
         assert sum(parameter.numel() for parameter in m.parameters()) == count
     assert (tmp_path / "model.safetensors").stat().st_size < 4 * count + 30_000
-    assert torch.equal(loaded.eval()(ids).logits, model.eval()(ids).logits)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    # Where a weight lies in memory decides on the order of sums in a matrix product.
+    torch.testing.assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
     assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
 
 

@@ -15,7 +15,7 @@ import mor_ext
 ROOT = Path(__file__).parents[1]
 MODULES = {
     str(path.relative_to(ROOT))
-    for pattern in ("*.py", "configs/*.yaml")
+    for pattern in ("*.py", "analysis/*.css", "configs/*.yaml")
     for path in (ROOT / "mor_ext").rglob(pattern)
 }
 

@@ -92,12 +92,22 @@ def test_expert_choice_by_hand(update):
 
 
 def test_expert_choice_by_the_causal_rule():
-    router = expert_choice(1.0, 0.5, alpha=1.0, activation="identity", update="delta")
+    router = expert_choice(0.9, 0.5, alpha=1.0, activation="identity", update="delta")
     result = passed(router, [[0.0, 0.0, 0, 0], [-0.1, 9.0, 0, 0], [3.0, -1.0, 0, 0]], causal=True)
     # Logit 0 is a probability of 0.5: goes on. Gates 0, -, 3; then 0, -, -1 + 3 (-2 + 1 + 1) = -1.
     assert result.depth.tolist() == [2, 0, 1]
     assert_rows(result.hidden, [[0, 0, 0, 0], [-0.1, 9, 0, 0], [15, -1, 3, 3]])
     assert result.loss == 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_depth_that_keeps_everybody_has_no_threshold(causal):
+    router = expert_choice(1.0, 1.0, 0.5, alpha=1.0, activation="identity", update="delta")
+    rows = [[-1.0, -1.0, 1.0, 0], [2.0, 2.0, -1.0, 0], [-3.0, 0.0, 0.0, 0], [1.0, 1.0, -2.0, 0]]
+    depth = passed(router, rows, causal, recursions=2).depth
+    assert depth.tolist() == [2, 2, 2, 2]
+    kept = passed(router, rows, causal, recursions=3).depth
+    assert kept.sum() < 12  # the third depth chooses
 
 
 def test_a_predictor_decides_in_the_gates_place_and_leaves_the_hidden_state_alone():

@@ -261,4 +261,5 @@ def _known_to_transformers(name: str) -> bool:
         "rope_theta",
         "torch_dtype",
         "transformers_version",
+        "use_cache",  # the Trainer sets it
     }

@@ -1,6 +1,7 @@
 """Where the time of a training step goes."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -8,15 +9,11 @@ from unittest.mock import patch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mor_ext.nn import ExpertChoiceRouter, RMSNorm, TokenChoiceRouter
+from mor_ext.nn import RMSNorm, Router
 
 RANGE = "routing"
 FUNCTION = 0  # at::RecordScope of an op
-METHODS = [
-    (router, name)
-    for router in (ExpertChoiceRouter, TokenChoiceRouter)
-    for name in ("begin", "select", "merge")
-] + [(RMSNorm, "gather")]
+METHODS = ("begin", "select", "merge")  # of routers
 
 
 def routing_shares(step: Callable[[], Any]) -> dict[str, float]:
@@ -28,9 +25,10 @@ def routing_shares(step: Callable[[], Any]) -> dict[str, float]:
     Args:
         step: forward and backward, and whatever else belongs to a step; it runs twice.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler announces itself on stderr
     with ExitStack() as stack:
-        for owner, name in METHODS:
-            stack.enter_context(patch.object(owner, name, _traced(getattr(owner, name))))
+        for owner, name, method in [*_routing_methods()]:
+            stack.enter_context(patch.object(owner, name, _traced(method)))
         step()
         with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("step"):
             step()
@@ -52,6 +50,16 @@ def routing_shares(step: Callable[[], Any]) -> dict[str, float]:
         "backward": sum(e.cpu_time_total for e in backward if e.sequence_nr in routed),
     }
     return {name: part / total for name, part in parts.items()}
+
+
+def _routing_methods() -> Iterator[tuple[type, str, Callable[..., Any]]]:
+    """Of every router but the one that picks every token, and the gather that is a norm too."""
+    yield RMSNorm, "gather", RMSNorm.gather
+    routers = [Router]
+    for router in routers:
+        routers += router.__subclasses__()
+        if router is not Router:
+            yield from ((router, name, getattr(router, name)) for name in METHODS)
 
 
 def _start(event: Any) -> float:

@@ -96,6 +96,7 @@ class TrainingRecipe:
     seed: int = 0
     log_every: int = 10  # steps, as the next two
     eval_every: int = 500
+    eval_windows: int = 256  # of held-out text, evenly spread; the evaluation at the end takes all
     save_every: int = 500
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -110,7 +111,7 @@ class TrainingRecipe:
             )
         positive = ["batch_size", "gradient_accumulation", "learning_rate", "clip"]
         _above("training", self, 0, "steps", "epochs", *positive)
-        _above("training", self, 0, "log_every", "eval_every", "save_every")
+        _above("training", self, 0, "log_every", "eval_every", "eval_windows", "save_every")
         _above("training", self, 1, "length")
         for name in ("warmup", "decay", "final"):
             if not 0 <= getattr(self, name) <= 1:

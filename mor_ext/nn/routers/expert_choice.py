@@ -1,5 +1,7 @@
 """Expert choice: each depth picks its tokens; with one depth of small capacity, MoD."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ class ExpertChoiceRouter(Router):
     At depth r a token still active has a logit from a scorer of that depth and the gate
     ``alpha * activation(logit)``. In training depth r keeps the ``max(1, int(c_r * T))`` highest
     logits of a sequence of T tokens; that choice looks at the whole sequence. The causal rule keeps
-    a token whose logit, or that of a predictor, is at least 0 (a probability of 0.5).
+    a token whose logit, or that of a predictor, is at least 0 (a probability of 0.5). Where c_r is
+    no less than c_{r-1}, or than 1 at the first depth, both keep every token.
 
     Args:
         capacity: c_r, of the full sequence, one for each depth.
@@ -60,17 +63,21 @@ class ExpertChoiceRouter(Router):
     def select(
         self, depth: int, hidden: Tensor, active: Tokens, plan: tuple[int, ...] | None
     ) -> tuple[Tokens, Tensor | None]:
+        lengths: Sequence[int]
         logits = self.scorers[depth](hidden, active).squeeze(1)  # [k of the depth before]
         predicted = logits
         if self.predictors is not None:
             predicted = self.predictors[depth](hidden.detach(), active).squeeze(1)
-        if plan is None:
+        before = self.capacity[depth - 1] if depth > 0 else 1
+        if self.capacity[depth] >= before:
+            rows = torch.arange(active.total, dtype=torch.int32, device=logits.device)
+            lengths, cu_seqlens = active.lengths, active.cu_seqlens
+        elif plan is None:
             rows, lengths, cu_seqlens = rows_where(predicted >= 0, active)
-            loss = None
         else:
             rows, lengths, cu_seqlens = top(self.capacity[depth], logits.detach(), active, plan)
-            loss = self._loss(logits, predicted, rows)
         gate = self.alpha * ACTIVATIONS[self.activation](ops.gather_tokens(logits, rows))
+        loss = None if plan is None else self._loss(logits, predicted, rows)
         return active.select(rows, lengths, cu_seqlens, gate), loss
 
     def goes_on(
