@@ -68,8 +68,7 @@ class ExpertChoiceRouter(Router):
         predicted = logits
         if self.predictors is not None:
             predicted = self.predictors[depth](hidden.detach(), active).squeeze(1)
-        before = self.capacity[depth - 1] if depth > 0 else 1
-        if self.capacity[depth] >= before:
+        if self._keeps_all(depth):
             rows = torch.arange(active.total, dtype=torch.int32, device=logits.device)
             lengths, cu_seqlens = active.lengths, active.cu_seqlens
         elif plan is None:
@@ -82,12 +81,18 @@ class ExpertChoiceRouter(Router):
 
     def goes_on(
         self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | bool, Tensor]:
         hidden = ops.gather_tokens(hidden, rows)
         logits = predicted = self.scorers[depth](hidden).squeeze(1)
+        gate = self.alpha * ACTIVATIONS[self.activation](logits)
+        if self._keeps_all(depth):
+            return True, gate
         if self.predictors is not None:
             predicted = self.predictors[depth](hidden).squeeze(1)
-        return predicted >= 0, self.alpha * ACTIVATIONS[self.activation](logits)
+        return predicted >= 0, gate
+
+    def _keeps_all(self, depth: int) -> bool:
+        return self.capacity[depth] >= (self.capacity[depth - 1] if depth > 0 else 1)
 
     def _loss(self, logits: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """chosen: int32 rows of the top-k among the logits ``[k]``."""
