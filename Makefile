@@ -44,7 +44,7 @@ sanitize: $(VENV)/with-test $(VENV)/built
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/python -m pytest -v -k simt \
 		--capture=sys --simt-library=build/simt-sanitize/libmor_simt.so $(PYTEST_ARGS)
 
-lint: $(VENV)/with-lint
+lint: $(VENV)/with-lint $(VENV)/with-test  # mypy reads the types of what is used
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)

@@ -2,7 +2,9 @@
 
 Training step, forward pass and memory of the variants beside vanilla and beside the same model in
 transformers, as one table. Each model has a process of its own; the rounds of all take turns, and a
-ratio is the median over rounds of a model's time over vanilla's in the same round.
+ratio is the median over rounds of a model's time over vanilla's in the same round. CPU time is that
+of all threads: with OMP_WAIT_POLICY=passive it leaves out waiting, and is then what to read where
+other work runs beside.
 """
 
 import argparse

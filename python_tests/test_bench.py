@@ -91,15 +91,6 @@ def test_models_bench(bench: Callable[[str], ModuleType]) -> None:
     ]
 
 
-def test_routing_shares_find_both_passes(bench: Callable[[str], ModuleType]) -> None:
-    models = bench("models_worker")
-    sizes = models.Sizes(2, 16, 40, 32, 64, 5, 4, 2)
-    work = models.Work(models.Spec("MoR-3 token choice", sizes, 1, False))
-    shares = models.routing_shares(work.step)
-    assert set(shares) == {"forward", "backward"}
-    assert all(share > 0 for share in shares.values()) and sum(shares.values()) < 1, shares
-
-
 def test_models_bench_judges(bench: Callable[[str], ModuleType]) -> None:
     """Made-up times: a round in which the machine was busy changes no ratio."""
     models = bench("bench_models")

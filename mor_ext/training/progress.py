@@ -10,7 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows steps, the last loss, and the last evaluation; one process does, not all."""
+    """Shows steps, the last loss, and the last evaluation; one process does, not all.
+
+    Where the console is no terminal, as in a file, it is a line an evaluation.
+    """
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
@@ -45,7 +48,11 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_nll" in logs:
-            self.progress.update(self.task, held_out=f"held out: {logs['eval_nll']:.3f} nats")
+            held_out = f"held out: {logs['eval_nll']:.3f} nats"
+            self.progress.update(self.task, held_out=held_out)
+            console, fields = self.progress.console, self.progress.tasks[0].fields
+            if state.is_world_process_zero and not console.is_terminal:
+                console.print(f"step {state.global_step}: {fields['trained']}; {held_out}")
         elif "nll" in logs:
             shown = (
                 f"{logs['nll']:.3f} nats, {logs['effective_depth']:.2f} layers, "
