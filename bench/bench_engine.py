@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ GOALS = {
 
 def measure(jobs: Mapping[str, Job], rounds: int) -> Found:
     """Tokens, and seconds of every round, by name; facts of the jobs that know some."""
-    found: Found = {name: {"tokens": job(), "turns": []} for name, job in jobs.items()}  # warm
+    found: Found = {}
+    for name, job in jobs.items():  # each is warm from then on
+        facts = job.facts() if isinstance(job, EngineJob) else None
+        found[name] = {"tokens": job(), "facts": facts, "turns": []}
     names = list(jobs)
     for turn in range(rounds):
         first = turn % len(names)  # whatever comes before or after whom, not always the same
@@ -94,9 +98,7 @@ def measure(jobs: Mapping[str, Job], rounds: int) -> Found:
             jobs[name]()
             wall, used = time.perf_counter() - wall, time.process_time() - used
             found[name]["turns"].append({"seconds": wall, "cpu": used})
-    for name, job in jobs.items():
-        if isinstance(job, EngineJob):
-            found[name]["facts"] = job.facts()
+        print(f"round {turn + 1} of {rounds}: {', '.join(names)}", file=sys.stderr)
     return found
 
 
@@ -158,7 +160,7 @@ def table(found: dict[str, Found]) -> str:
             seconds = statistics.median(turn["seconds"] for turn in entry["turns"])
             by_round = ratios(group, name, first)
             cpu_time = 1 / statistics.median(ratios(group, name, first, "cpu"))
-            facts = entry.get("facts")
+            facts = entry["facts"]
             cells = [title if name == first else "", name, f"{entry['tokens'] / seconds:,.1f}"]
             cells += [
                 f"{statistics.median(by_round):.3f} ({min(by_round):.2f} - {max(by_round):.2f})",

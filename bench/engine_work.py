@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from models_worker import Sizes, llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from mor_ext._engine import BLOCK_SIZE
 from mor_ext.inference import Engine, Result, SamplingParams
 from mor_ext.models import MoRConfig, MoRForCausalLM, from_llama
 from mor_ext.nn import ExpertChoiceRouter
@@ -139,7 +141,9 @@ class EngineJob:
     ) -> None:
         self.model, self.requests = model, requests
         lengths = map(len, requests.prompts)
-        pages = sorted(-(-(p + n) // 16) for p, n in zip(lengths, requests.new, strict=True))
+        pages = sorted(
+            -(-(p + n) // BLOCK_SIZE) for p, n in zip(lengths, requests.new, strict=True)
+        )
         blocks = sum(pages[-batch:]) * model.config.num_hidden_layers  # what is needed at most
         self.engine = Engine(model, max_batch=batch, num_blocks=blocks, **options)
         self.params = [
@@ -156,46 +160,35 @@ class EngineJob:
         return sum(len(result.tokens) for result in self.results)
 
     def facts(self) -> dict[str, float]:
-        """Depths, memory and scheduling, in runs of their own that are not timed."""
-        self()
-        config = self.model.config
-        depth = [depth for result in self.results for depth in result.depth]
-        mean = sum(depth) / len(depth)
-        passes = max(len(stage.block.layers) for stage in self.model.recursions())
-        layers = config.unshared_layers + passes * mean
-        assert config.num_key_value_heads is not None and config.head_dim is not None
-        entry = 2 * config.num_key_value_heads * config.head_dim
-        entry *= self.model.embed_tokens.weight.itemsize
-        return {
-            "depth": mean,
-            "layers": layers,
-            "kv_bytes": layers * entry,
-            "kv_bytes_held": self._held(),
-            "scheduler_share": self._scheduler_share(),
-        }
-
-    def _held(self) -> float:
-        """Bytes of the blocks in use by the tokens in the cache, over all steps."""
-        engine = self.engine
+        """Depths, memory and scheduling, in a run of its own that is not among the timed ones."""
+        engine, scheduler = self.engine, self.engine.scheduler
+        clocked: Any = Clocked(scheduler)
+        engine.scheduler = engine.walk.scheduler = clocked
+        blocks = tokens = 0  # in the cache, summed over steps
+        seconds = 0.0
+        results: list[Result] = []
         for prompt, params in zip(self.requests.prompts, self.params, strict=True):
             engine.submit(prompt, params)
-        blocks = tokens = 0
+        clocked.seconds = 0.0
         while engine.busy:
-            engine.step()
-            blocks += engine.statistics().blocks_used
-            tokens += sum(len(engine.scheduler.depth(number)) for number in engine.requests)
-        return blocks * engine.block_bytes / tokens
-
-    def _scheduler_share(self) -> float:
-        """Of the wall time of a run, in calls to the scheduler."""
-        engine, clocked = self.engine, Clocked(self.engine.scheduler)
-        plain, engine.scheduler, engine.walk.scheduler = engine.scheduler, clocked, clocked
-        try:
             start = time.perf_counter()
-            self()
-            return clocked.seconds / (time.perf_counter() - start)
-        finally:
-            engine.scheduler = engine.walk.scheduler = plain
+            results += engine.step()
+            seconds += time.perf_counter() - start
+            blocks += engine.statistics().blocks_used
+            tokens += sum(len(scheduler.depth(number)) for number in engine.requests)
+        engine.scheduler = engine.walk.scheduler = scheduler
+
+        config = self.model.config
+        depth = statistics.fmean(depth for result in results for depth in result.depth)
+        block_layers = max(len(stage.block.layers) for stage in self.model.recursions())
+        layers = config.unshared_layers + block_layers * depth
+        return {
+            "depth": depth,
+            "layers": layers,
+            "kv_bytes": layers * engine.block_bytes / BLOCK_SIZE,
+            "kv_bytes_held": blocks * engine.block_bytes / tokens,
+            "scheduler_share": clocked.seconds / seconds,
+        }
 
 
 class Clocked:
