@@ -103,5 +103,5 @@ def test_shared_views_keep_the_first_depths_keys(seed):
     out = attention(x, first)
     index, cu_seqlens = torch.tensor([[2, 5], [0, 2]], dtype=torch.int32)
     deeper = store.view(0, 1, tokens.select(index, [2], cu_seqlens, torch.ones(2)))
-    assert deeper.queries_only and not first.queries_only
+    assert deeper.new_rows == 0 and first.new_rows is None
     torch.testing.assert_close(attention(x[[2, 5]], deeper), out[[2, 5]])

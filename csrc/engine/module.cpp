@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/cpu_isa.h"
+#include "engine/bindings.h"
 
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "Host-side C++ of the mor_ext inference engine.";
@@ -19,4 +20,7 @@ PYBIND11_MODULE(_engine, m) {
   }
   m.attr("available_cpu_isas") = isas;
   m.attr("cpu_isa") = mor::cpu_isa_name();
+
+  mor::engine::bind_blocks(m);
+  mor::engine::bind_scheduler(m);
 }

@@ -1,6 +1,18 @@
 """Causal generation that skips what a token's router says to skip."""
 
 from mor_ext.inference.cache import PagedKV
+from mor_ext.inference.engine import Engine, Statistics
 from mor_ext.inference.generate import Generated, generate
+from mor_ext.inference.request import Result, Token
+from mor_ext.inference.sampling import SamplingParams
 
-__all__ = ["Generated", "PagedKV", "generate"]
+__all__ = [
+    "Engine",
+    "Generated",
+    "PagedKV",
+    "Result",
+    "SamplingParams",
+    "Statistics",
+    "Token",
+    "generate",
+]

@@ -152,7 +152,7 @@ class PagedView(KVView):
         self.rotary = rotary
         self.active = active
         self.lanes = lanes
-        self.queries_only = first is not None
+        self.new_rows = None if first is None else 0
         self.key_limit = None
         if first is None:
             self.before = lanes.seqlens

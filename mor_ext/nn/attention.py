@@ -25,11 +25,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: KVView) -> Tensor:  # [k, hidden_size]
         key = value = None
-        if view.queries_only:
-            query = F.linear(x, self.qkv_proj.weight[: self.sizes[0]])
-        else:
+        if view.new_rows is None:
             query, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
             key, value = self._heads(key), self._heads(value)
+        else:
+            query = F.linear(x, self.qkv_proj.weight[: self.sizes[0]])
+            if view.new_rows > 0:
+                key, value = self.key_value(x[: view.new_rows])
         out = view.attend(self.layer, self._heads(query), key, value)
         return self.o_proj(out.flatten(1))
 

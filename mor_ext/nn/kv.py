@@ -28,12 +28,13 @@ CARRIED = ("hybrid", "frozen")
 class KVView:
     """The K/V of every layer of a block at one depth."""
 
-    queries_only = False  # the K/V are there already: a layer computes queries only
+    new_rows: int | None = None  # so many rows, the first, bring K/V of their own; None is all
     exited: Tokens | None = None  # tokens whose K/V the block is to hand over, to ``keep``
 
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """Rotates query ``[k, heads, head_dim]`` and key, keeps what later depths or steps need,
-        and returns the attention's output ``[k, heads, head_dim]``."""
+        and returns the attention's output ``[k, heads, head_dim]``. Key and value are those of the
+        new rows, None if there are none."""
         raise NotImplementedError
 
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -88,7 +89,7 @@ class PackedView(KVView):
     def __init__(self, rotary: Rotary, active: Tokens, first: "PackedView | None" = None) -> None:
         self.rotary = rotary
         self.active = active
-        self.queries_only = first is not None
+        self.new_rows = None if first is None else 0
         if first is None:
             self.seen = active  # whose K/V are seen
             self.key_limit = None

@@ -54,7 +54,7 @@ class ActionRouter(Router):
         self.down = nn.Linear(WIDTH, num_recursions + 1)
 
     def begin(self, hidden: Tensor, tokens: Tokens, causal: bool) -> ActionPlan:
-        logits = widen(self.down(self.up(hidden).relu()))  # [total, 1 + num_recursions]
+        logits = self._logits(hidden)  # [total, 1 + num_recursions]
         if causal:
             action = F.one_hot(logits.argmax(dim=-1), logits.shape[1]).to(logits.dtype)
         else:
@@ -65,6 +65,17 @@ class ActionRouter(Router):
         index, cu_seqlens = ops.compact_depth(depth, tokens.cu_seqlens, self.num_recursions)
         loss = self.loss_coef * gates.sum() / max(1, tokens.total)
         return ActionPlan(tokens, gates, index, cu_seqlens, cu_seqlens.diff().tolist(), loss)
+
+    def enter(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return (self._logits(hidden).argmax(dim=-1),)
+
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[Tensor, None]:
+        return entered[0][rows] > depth, None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return widen(self.down(self.up(hidden).relu()))
 
     def select(
         self, depth: int, hidden: Tensor, active: Tokens, plan: ActionPlan

@@ -48,6 +48,16 @@ class RandomRouter(Router):
         gate = torch.full_like(rows, self.alpha, dtype=dtype)
         return active.select(rows, lengths, cu_seqlens, gate), None
 
+    def enter(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        return (hashed(positions),)
+
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        gate = torch.full_like(rows, self.alpha, dtype=dtype)
+        return entered[0][rows] < self.capacity[depth], gate
+
 
 class FixedDepthRouter(Router):
     """Every token takes the same ``fixed_depth`` of the recursions there are."""
@@ -60,6 +70,11 @@ class FixedDepthRouter(Router):
         self, depth: int, hidden: Tensor, active: Tokens, plan: None
     ) -> tuple[Tokens, Tensor | None]:
         return (active, None) if depth < self.fixed_depth else (nobody(active), None)
+
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[bool, None]:
+        return depth < self.fixed_depth, None
 
 
 def nobody(active: Tokens) -> Tokens:

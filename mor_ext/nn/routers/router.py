@@ -6,6 +6,10 @@ The recursion loop (``recursion.py``) asks a router three things::
     active, loss = router.select(depth, hidden, active, plan)           # at each depth, from 0
     hidden       = router.merge(depth, hidden, output, active, plan)    # after the block
 
+The engine (``mor_ext.inference``), whose tokens are at several depths at once, asks for the causal
+rule by ``enter``, ``goes_on`` and ``merge_rows``. Its hidden states, and all else that it keeps of
+tokens, are tables; ``rows`` (int32 ``[k]``) are those of the tokens in question.
+
 Below, H is the hidden state and f the whole shared block, its residual included; so f(H) - H is
 what the block adds. ``update`` says which of the two enters:
 
@@ -65,6 +69,40 @@ class Router(nn.Module):
     def after_step(self) -> None:
         """What changes after an optimizer step, in training."""
 
+    def enter(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What is decided once for tokens at the entry, each ``[k, ...]``.
+
+        hidden: ``[k, hidden_size]``, of these tokens alone; positions: int32 ``[k]``.
+        """
+        return ()
+
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[Tensor | bool, Tensor | None]:
+        """Who goes through the block at this depth, of the tokens that did at the depth before.
+
+        Returns flags, bool ``[k]`` or one for all, and gates ``[k]``; None is 1.
+        """
+        return True, None
+
+    def merge_rows(
+        self,
+        hidden: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        gate: Tensor | None,
+        depths: Tensor,
+        entered: tuple[Tensor, ...],
+    ) -> None:
+        """:meth:`merge`, into hidden ``[N, hidden_size]`` itself, of rows at ``depths`` (int32
+        ``[k]``)."""
+        if self.update == "delta":
+            if gate is None:
+                hidden.index_copy_(0, rows.long(), output)
+                return
+            output = output - ops.gather_tokens(hidden, rows)
+        ops.scatter_tokens_(hidden, output, rows, gate)
+
 
 class Scorer(nn.Module):
     """Logits of hidden states (arXiv 2507.10524, table 3); no biases.
@@ -83,14 +121,20 @@ class Scorer(nn.Module):
         self.up = None if kind == "linear" else nn.Linear(hidden_size, width, bias=False)
         self.weight = nn.Parameter(torch.empty(outputs, width))
 
-    def forward(self, hidden: Tensor, active: Tokens) -> Tensor:
-        """At least fp32 ``[k, outputs]`` of the active rows of hidden ``[total, hidden_size]``."""
+    def forward(self, hidden: Tensor, active: Tokens | None = None) -> Tensor:
+        """At least fp32 ``[k, outputs]`` of the active rows of hidden ``[total, hidden_size]``;
+        None is every row."""
+        if active is None or active.index is None:
+            return self._logits(hidden)
         if self.up is not None:
-            if active.index is not None:
-                hidden = ops.gather_tokens(hidden, active.index)
-            return widen(nn.functional.gelu(self.up(hidden)) @ self.weight.T)
-        logits = widen(hidden @ self.weight.T)  # cheaper on every row than a gather before it
-        return logits if active.index is None else ops.gather_tokens(logits, active.index)
+            return self._logits(ops.gather_tokens(hidden, active.index))
+        # Cheaper on every row than a gather before it.
+        return ops.gather_tokens(self._logits(hidden), active.index)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.up is not None:
+            hidden = nn.functional.gelu(self.up(hidden))
+        return widen(hidden @ self.weight.T)
 
 
 def rows_where(keep: Tensor, active: Tokens) -> tuple[Tensor, list[int], Tensor]:

@@ -78,8 +78,7 @@ class TokenChoiceRouter(Router):
 
     def begin(self, hidden: Tensor, tokens: Tokens, causal: bool) -> DepthPlan:
         logits = self.scorer(hidden, tokens)  # [total, num_recursions]
-        softmax = self.activation == "softmax"
-        weights = self.alpha * (logits.softmax(dim=-1) if softmax else logits.sigmoid())
+        weights = self._weights(logits)
         biased = self.balancing == "bias"
         depth, load = ops.route_depth(logits.detach(), self.bias if biased else None)
         if biased and self.training:
@@ -88,6 +87,10 @@ class TokenChoiceRouter(Router):
         lengths = cu_seqlens.diff().tolist()  # the one device-to-host copy of the pass
         loss = self._loss(logits, weights, load)
         return DepthPlan(tokens, hidden, depth, weights, index, cu_seqlens, lengths, loss)
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        softmax = self.activation == "softmax"
+        return self.alpha * (logits.softmax(dim=-1) if softmax else logits.sigmoid())
 
     def _loss(self, logits: Tensor, weights: Tensor, load: Tensor) -> Tensor:
         loss = logits.new_zeros(())
@@ -118,6 +121,35 @@ class TokenChoiceRouter(Router):
         entry = ops.gather_tokens(plan.entry, torch.where(last, active.index, -1))  # zero rows else
         new = active.gate.to(output.dtype).unsqueeze(-1) * output + entry
         return hidden.index_copy(0, active.index.long(), new)
+
+    def enter(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        logits = self.scorer(hidden)
+        depth, _ = ops.route_depth(logits, self.bias if self.balancing == "bias" else None)
+        return depth, self._weights(logits), hidden
+
+    def goes_on(
+        self, depth: int, hidden: Tensor, rows: Tensor, entered: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        chosen, weights = entered[0][rows], entered[1][rows, depth]
+        if self.gate_at == "last":
+            weights = torch.where(chosen == depth + 1, weights, 1.0)
+        return chosen > depth, weights
+
+    def merge_rows(
+        self,
+        hidden: Tensor,
+        output: Tensor,
+        rows: Tensor,
+        gate: Tensor | None,
+        depths: Tensor,
+        entered: tuple[Tensor, ...],
+    ) -> None:
+        assert gate is not None
+        chosen, _, entry = entered
+        last = chosen[rows] == depths + 1
+        new = gate.to(output.dtype).unsqueeze(-1) * output
+        new += ops.gather_tokens(entry, torch.where(last, rows, -1))
+        hidden.index_copy_(0, rows.long(), new)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,0 +1,53 @@
+#include "engine/block_pool.h"
+
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace mor::engine {
+
+BlockPool::BlockPool(int32_t num_blocks) {
+  constexpr int32_t most = std::numeric_limits<int32_t>::max() / kBlockSize;
+  if (num_blocks < 0 || num_blocks > most) {
+    throw std::invalid_argument("num_blocks must be in [0, " + std::to_string(most) + "], got " +
+                                std::to_string(num_blocks));
+  }
+  users_.assign(num_blocks, 0);
+  free_.resize(num_blocks);
+  std::iota(free_.rbegin(), free_.rend(), 0);  // block 0 is taken first
+}
+
+int32_t BlockPool::take() {
+  if (free_.empty()) {
+    throw std::logic_error("no block is free");
+  }
+  const int32_t block = free_.back();
+  free_.pop_back();
+  users_[block] = 1;
+  return block;
+}
+
+void BlockPool::share(int32_t block) {
+  ++used(block);
+}
+
+void BlockPool::drop(int32_t block) {
+  if (--used(block) == 0) {
+    free_.push_back(block);
+  }
+}
+
+int32_t BlockPool::users(int32_t block) const {
+  return users_.at(block);
+}
+
+int32_t& BlockPool::used(int32_t block) {
+  int32_t& users = users_.at(block);
+  if (users == 0) {
+    throw std::logic_error("block " + std::to_string(block) + " is free");
+  }
+  return users;
+}
+
+}  // namespace mor::engine
