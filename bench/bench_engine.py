@@ -85,28 +85,29 @@ GOALS = {
 
 
 def measure(jobs: Mapping[str, Job], rounds: int) -> Found:
-    """Tokens, and seconds of every round, by name; facts of the jobs that know some."""
+    """Tokens and seconds of every round, by name; facts of the jobs that know some."""
     found: Found = {}
     for name, job in jobs.items():  # each is warm from then on
-        facts = job.facts() if isinstance(job, EngineJob) else None
-        found[name] = {"tokens": job(), "facts": facts, "turns": []}
+        facts = job.facts() if isinstance(job, EngineJob) else job() and None
+        found[name] = {"facts": facts, "turns": []}
     names = list(jobs)
     for turn in range(rounds):
         first = turn % len(names)  # whatever comes before or after whom, not always the same
         for name in names[first:] + names[:first]:
             wall, used = time.perf_counter(), time.process_time()
-            jobs[name]()
+            tokens = jobs[name]()
             wall, used = time.perf_counter() - wall, time.process_time() - used
-            found[name]["turns"].append({"seconds": wall, "cpu": used})
+            found[name]["turns"].append({"tokens": tokens, "seconds": wall, "cpu": used})
         print(f"round {turn + 1} of {rounds}: {', '.join(names)}", file=sys.stderr)
     return found
 
 
 def ratios(found: Found, name: str, than: str, clock: str = "seconds") -> list[float]:
     """Of tokens a second, by round."""
-    tokens = found[name]["tokens"] / found[than]["tokens"]
-    turns = zip(found[name]["turns"], found[than]["turns"], strict=True)
-    return [tokens * theirs[clock] / mine[clock] for mine, theirs in turns]
+    mine, theirs = (
+        [turn["tokens"] / turn[clock] for turn in found[which]["turns"]] for which in (name, than)
+    )
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 
 @torch.no_grad()
@@ -140,10 +141,10 @@ def comparisons(
 
 
 def mor_jobs(model: Any, vanilla: Any, requests: Requests) -> dict[str, Job]:
+    models = {VANILLA: (vanilla, True), MOR: (model, True), SEQUENCE: (model, False)}
     return {
-        VANILLA: EngineJob(vanilla, requests, BATCH, temperature=1),
-        MOR: EngineJob(model, requests, BATCH, temperature=1, depthwise=True),
-        SEQUENCE: EngineJob(model, requests, BATCH, temperature=1, depthwise=False),
+        name: EngineJob(own, requests, BATCH, 1.0, steady=True, depthwise=depthwise)
+        for name, (own, depthwise) in models.items()
     }
 
 
@@ -157,11 +158,11 @@ def table(found: dict[str, Found]) -> str:
     for title, group in found.items():
         first = next(iter(group))
         for name, entry in group.items():
-            seconds = statistics.median(turn["seconds"] for turn in entry["turns"])
+            speed = statistics.median(turn["tokens"] / turn["seconds"] for turn in entry["turns"])
             by_round = ratios(group, name, first)
             cpu_time = 1 / statistics.median(ratios(group, name, first, "cpu"))
             facts = entry["facts"]
-            cells = [title if name == first else "", name, f"{entry['tokens'] / seconds:,.1f}"]
+            cells = [title if name == first else "", name, f"{speed:,.1f}"]
             cells += [
                 f"{statistics.median(by_round):.3f} ({min(by_round):.2f} - {max(by_round):.2f})",
                 f"{cpu_time:.3f}",
@@ -198,10 +199,11 @@ def conditions(sizes: Sizes, count: int, rounds: int, own: tuple[Path, Path] | N
         f"{sizes.vocab_size}, fp32; MoR: middle-cycle, {len(CAPACITY)} recursions"
     )
     work = (
-        f"{count} requests at once for {BATCH} places, sampled at temperature 1 (beside "
-        f"transformers greedy); log-normal lengths, prompts {PROMPT}, continuations {NEW}; one "
-        f"request: {PROMPT.median} and {NEW.median} tokens; all of a run in the time, prefill "
-        f"included; medians of {rounds} rounds in turns"
+        f"{count} requests for {BATCH} places, sampled at temperature 1, until none waits, so that "
+        f"the batch is full all the time; beside transformers {BATCH} requests, greedy, until the "
+        f"last ends; log-normal lengths, prompts {PROMPT}, continuations {NEW}; one request: "
+        f"{PROMPT.median} and {NEW.median} tokens; prefill is part of the time; medians of "
+        f"{rounds} rounds in turns"
     )
     theirs = (
         "transformers: generate() of LlamaForCausalLM with the same weights, SDPA, one batch "
@@ -225,7 +227,7 @@ def engine_section(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine end to end, as one table.")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=2 * BATCH)
+    parser.add_argument("--requests", type=int, default=3 * BATCH)
     parser.add_argument("--trained", type=Path, metavar="DIR", help="what `mor train` wrote")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of whose end its prompts are")
     parser.add_argument("--json", type=Path, help="where the times of all rounds go")

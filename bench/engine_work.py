@@ -40,8 +40,8 @@ class Lengths:
         return f"median {self.median}, sigma {self.sigma:g}, cut at {self.least} and {self.most}"
 
 
-PROMPT = Lengths(64, 0.7, 8, 384)
-NEW = Lengths(48, 1.0, 8, 384)
+PROMPT = Lengths(64, 0.7, 8, 256)
+NEW = Lengths(48, 1.0, 8, 256)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,14 @@ Job = Callable[[], int]  # gives the tokens generated
 
 
 class EngineJob:
-    """All requests through an engine, at once; how they are cut into batches is the engine's."""
+    """Requests through an engine, which are all there from the start.
+
+    Args:
+        batch: requests that run at once.
+        steady: ends as soon as no request waits, so that the batch is full all the time; what is
+            unfinished then is cancelled, its tokens count. Else it ends with the last request.
+        options: of the engine.
+    """
 
     def __init__(
         self,
@@ -137,9 +144,10 @@ class EngineJob:
         requests: Requests,
         batch: int,
         temperature: float,
+        steady: bool = False,
         **options: Any,
     ) -> None:
-        self.model, self.requests = model, requests
+        self.model, self.requests, self.steady = model, requests, steady
         lengths = map(len, requests.prompts)
         pages = sorted(
             -(-(p + n) // BLOCK_SIZE) for p, n in zip(lengths, requests.new, strict=True)
@@ -150,14 +158,25 @@ class EngineJob:
             SamplingParams(max_new_tokens=n, temperature=temperature, ignore_eos=True, seed=i)
             for i, n in enumerate(requests.new)
         ]
-        self.results: list[Result] = []
 
     def __call__(self) -> int:
-        self.results = self.engine.generate(self.requests.prompts, self.params, progress=False)
-        errors = [result.error for result in self.results if result.error]
+        return sum(len(result.tokens) for result in self.run(self.engine.step))
+
+    def run(self, step: Callable[[], list[Result]]) -> list[Result]:
+        engine = self.engine
+        for prompt, params in zip(self.requests.prompts, self.params, strict=True):
+            engine.submit(prompt, params)
+        results = step()  # the scheduler counts from then on who waits
+        while engine.scheduler.num_waiting > 0 if self.steady else engine.busy:
+            results += step()
+        for number in list(engine.requests):
+            cancelled = engine.cancel(number)
+            assert cancelled is not None
+            results.append(cancelled)
+        errors = [result.error for result in results if result.error]
         if errors:
             raise RuntimeError(errors[0])
-        return sum(len(result.tokens) for result in self.results)
+        return results
 
     def facts(self) -> dict[str, float]:
         """Depths, memory and scheduling, in a run of its own that is not among the timed ones."""
@@ -166,18 +185,18 @@ class EngineJob:
         engine.scheduler = engine.walk.scheduler = clocked
         blocks = tokens = 0  # in the cache, summed over steps
         seconds = 0.0
-        results: list[Result] = []
-        for prompt, params in zip(self.requests.prompts, self.params, strict=True):
-            engine.submit(prompt, params)
-        clocked.seconds = 0.0
-        while engine.busy:
+
+        def step() -> list[Result]:
+            nonlocal blocks, tokens, seconds
             start = time.perf_counter()
-            results += engine.step()
+            results = engine.step()
             seconds += time.perf_counter() - start
             blocks += engine.statistics().blocks_used
             tokens += sum(len(scheduler.depth(number)) for number in engine.requests)
-        engine.scheduler = engine.walk.scheduler = scheduler
+            return results
 
+        results = self.run(step)
+        engine.scheduler = engine.walk.scheduler = scheduler
         config = self.model.config
         depth = statistics.fmean(depth for result in results for depth in result.depth)
         block_layers = max(len(stage.block.layers) for stage in self.model.recursions())

@@ -45,14 +45,13 @@ def test_whole_bench(bench, sizes, tmp_path, seed) -> None:
     train_tokenizer("byte", [""]).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("some text to cut prompts from. " * 20)
     own = tmp_path / "model", tmp_path / "text.txt"
-    found = module.comparisons(sizes, 6, 2, lengths(bench), own)
+    found = module.comparisons(sizes, 40, 2, lengths(bench), own)
     assert list(found) == [module.FORCED, module.TRAINED, module.ONE, module.MIXED]
     forced = found[module.FORCED]
     assert forced["vanilla"]["facts"]["layers"] == 8
     assert forced["vanilla"]["facts"]["kv_bytes"] == 8 * 2 * 2 * 8 * 4
     for name, entry in forced.items():
-        assert entry["tokens"] == forced["vanilla"]["tokens"] > 0
-        assert len(entry["turns"]) == 2
+        assert len(entry["turns"]) == 2 and all(turn["tokens"] > 0 for turn in entry["turns"])
         facts = entry["facts"]
         assert 0 < facts["scheduler_share"] < 0.5
         assert facts["kv_bytes_held"] >= facts["kv_bytes"], name
@@ -68,11 +67,25 @@ def test_forced_depths_have_the_shares_of_the_capacities(bench, sizes, seed) -> 
     requests = work.requests_of(40, tokens, *lengths(bench))
     for depthwise in (True, False):
         job = work.EngineJob(work.forced_mor(sizes), requests, 8, 1, depthwise=depthwise)
-        assert job() == requests.total_new
-        depth = torch.tensor([depth for result in job.results for depth in result.depth])
+        results = job.run(job.engine.step)
+        assert sum(len(result.tokens) for result in results) == requests.total_new
+        depth = torch.tensor([depth for result in results for depth in result.depth])
         spread = 4 / len(depth) ** 0.5
         for passes, share in enumerate(work.CAPACITY, 1):
             assert (depth >= passes).double().mean() == pytest.approx(share, abs=spread)
+
+
+def test_a_steady_job_ends_when_none_waits(bench, sizes, seed) -> None:
+    work = bench("engine_work")
+    requests = work.requests_of(12, work.random_tokens(sizes), *lengths(bench))
+    job = work.EngineJob(work.forced_mor(sizes), requests, 4, 1, steady=True)
+    for _ in range(2):
+        results = job.run(job.engine.step)
+        assert len(results) == 12
+        cancelled = sum(result.finish_reason == "cancelled" for result in results)
+        assert 0 < cancelled <= 4
+        job.engine.step()  # takes note of who was cancelled
+        assert not job.engine.busy and job.engine.statistics().blocks_used == 0
 
 
 def test_vanilla_and_transformers_do_the_same(bench, sizes, seed) -> None:
@@ -81,7 +94,8 @@ def test_vanilla_and_transformers_do_the_same(bench, sizes, seed) -> None:
     requests = work.requests_of(3, work.random_tokens(sizes), *lengths(bench))
     job = work.EngineJob(vanilla, requests, 2, 0)
     assert job() == work.transformers_job(theirs, requests)() == requests.total_new
-    for prompt, new, result in zip(requests.prompts, requests.new, job.results, strict=True):
+    results = sorted(job.run(job.engine.step), key=lambda result: result.request)
+    for prompt, new, result in zip(requests.prompts, requests.new, results, strict=True):
         expected = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0
         )
@@ -102,8 +116,8 @@ def test_ratios_are_judged(bench) -> None:
     facts = {"kv_bytes": 100.0, "scheduler_share": 0.02}
 
     def entry(seconds: list[float], **changed: float) -> dict:
-        turns = [{"seconds": s, "cpu": 2 * s} for s in seconds]
-        return {"tokens": 10, "turns": turns, "facts": facts | changed}
+        turns = [{"tokens": 10, "seconds": s, "cpu": 2 * s} for s in seconds]
+        return {"turns": turns, "facts": facts | changed}
 
     found = {
         module.VANILLA: entry([1.3, 6.5, 1.3]),
