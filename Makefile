@@ -50,6 +50,7 @@ lint: $(VENV)/with-lint $(VENV)/with-test  # mypy reads the types of what is use
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
+# make bench TRAINED=DIR TEXT=FILE also times the engine with what `mor train` wrote.
 bench: $(VENV)/with-test $(VENV)/with-demo $(VENV)/built
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --quiet --benchmark-only --benchmark-json=bench/out/bench.json
