@@ -227,7 +227,7 @@ def engine_section(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine end to end, as one table.")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=3 * BATCH)
+    parser.add_argument("--requests", type=int, default=4 * BATCH)
     parser.add_argument("--trained", type=Path, metavar="DIR", help="what `mor train` wrote")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of whose end its prompts are")
     parser.add_argument("--json", type=Path, help="where the times of all rounds go")
