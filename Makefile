@@ -54,6 +54,8 @@ bench: $(VENV)/with-test $(VENV)/with-demo $(VENV)/built
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --quiet --benchmark-only --benchmark-json=bench/out/bench.json
 	$(BIN)/python bench/bench_models.py --json bench/out/models.json >/dev/null
+	$(BIN)/python bench/bench_engine.py $(if $(TRAINED),--trained $(TRAINED) --text $(TEXT)) \
+		--json bench/out/engine.json >/dev/null
 	$(BIN)/python bench/report.py bench/out/bench.json
 
 # The wheel built against the torch of .venv, tested with another one: make test-torch TORCH=2.10.0

@@ -1,8 +1,9 @@
 """Tables and charts of a bench run: python bench/report.py bench/out/bench.json
 
 Writes report.md and, where matplotlib is installed, one PNG a family beside the JSON file; prints
-the Markdown, which ends with the whole models of bench_models.py, if models.json is there too, and
-the results of bench/gpu.py that are in bench/results. Without a file it prints these last alone.
+the Markdown, which ends with the whole models of bench_models.py and the engine of bench_engine.py,
+if models.json and engine.json are there too, and the results of bench/gpu.py that are in
+bench/results. Without a file it prints these last alone.
 Ratios are medians over rounds in which the peer and mor_ext took turns.
 """
 
@@ -12,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from bench_engine import engine_section
 from bench_models import models_section
 from gpu_report import gpu_section
 
@@ -110,7 +112,8 @@ def conditions(report: dict[str, Any]) -> str:
     )
 
 
-def markdown(report: dict[str, Any], models: dict[str, Any] | None) -> str:
+def markdown(report: dict[str, Any], folder: Path) -> str:
+    """folder: where the JSON of other benches may be."""
     found = families(report)
     wanted = [row for groups in found.values() for group in groups for row in goals(group)]
     parts = ["## Conditions", conditions(report)]
@@ -119,8 +122,12 @@ def markdown(report: dict[str, Any], models: dict[str, Any] | None) -> str:
         parts += ["## Goals", table(["work", "goal", "measured", "met"], rows)]
     for family, groups in found.items():
         parts += [f"## {family}", family_table(groups)]
-    if models:
-        parts += ["## Whole models", models_section(models)]
+    for title, name, section in (
+        ("Whole models", "models.json", models_section),
+        ("The engine", "engine.json", engine_section),
+    ):
+        if (folder / name).exists():
+            parts += [f"## {title}", section(json.loads((folder / name).read_text()))]
     parts += ["## GPU", gpu_section().rstrip()]
     return "\n\n".join(parts) + "\n"
 
@@ -166,8 +173,7 @@ def main(path: Path | None) -> None:
         print(gpu_section(), end="")
         return
     report = json.loads(path.read_text())
-    beside = path.parent / "models.json"
-    text = markdown(report, json.loads(beside.read_text()) if beside.exists() else None)
+    text = markdown(report, path.parent)
     (path.parent / "report.md").write_text(text)
     print(text)
     try:

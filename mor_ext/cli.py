@@ -9,6 +9,8 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("mor_ext.training.command", "train a model from a config"),
+    "generate": ("mor_ext.inference.command", "continue prompts, each token at its own depth"),
+    "calibrate": ("mor_ext.evaluation.calibrate_command", "thresholds for wanted depths"),
     "eval": ("mor_ext.evaluation.command", "evaluate a saved model on text and tasks"),
     "info": ("mor_ext.info", "what is installed, built and found"),
 }

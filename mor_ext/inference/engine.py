@@ -207,7 +207,7 @@ class Engine:
         results, self.finished = self.finished, []
         return results
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _advance(self) -> None:
         if not self.scheduler.plan():
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -42,6 +44,7 @@ EXPERT_CHOICE: dict[str, Any] = {
     "router_loss_coef": 0.001,
     "router_z_loss_coef": 0.0,
     "router_update": "output",
+    "thresholds": None,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {"router_update": "delta"},
@@ -132,6 +135,8 @@ class MoRConfig(PreTrainedConfig):
     bias_update_rate: float | None = None
     gate_at: str | None = None
     router_update: str | None = None  # see nn/routers/router.py
+    # By depth, the least logit that goes on in inference: see ExpertChoiceRouter, mor calibrate.
+    thresholds: tuple[float | None, ...] | list[float | None] | None = None
     gumbel_temperature: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -217,6 +222,8 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(f"fixed_depth must be from 1 to {n}, got {self.fixed_depth}")
         if "capacity" in settings:
             self._settle_capacity()
+        if self.thresholds is not None:
+            self.set_thresholds(self.thresholds)
 
     def _settle_capacity(self) -> None:
         n, capacity = self.num_recursions, self.capacity
@@ -229,6 +236,20 @@ class MoRConfig(PreTrainedConfig):
             raise ValueError(
                 f"capacity must be {n} numbers in (0, 1], one a recursion, got {self.capacity}"
             )
+
+    def set_thresholds(self, thresholds: Sequence[float | None]) -> None:
+        """Raises ValueError if the routing has none, or these do not fit."""
+        if "thresholds" not in SETTINGS[self.routing]:
+            raise ValueError(
+                f"thresholds must be None for routing {self.routing!r}, got {thresholds}"
+            )
+        numbers = [t for t in thresholds if t is not None]
+        if len(thresholds) != self.num_recursions or not all(map(math.isfinite, numbers)):
+            raise ValueError(
+                f"thresholds must be {self.num_recursions} finite numbers or None, one a "
+                f"recursion, got {thresholds}"
+            )
+        self.thresholds = tuple(thresholds)  # JSON has lists
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters

@@ -22,6 +22,7 @@ from mor_ext.models.config import MoRConfig
 from mor_ext.models.layout import stages_of
 from mor_ext.nn import (
     Attention,
+    ExpertChoiceRouter,
     PackedKV,
     Recursion,
     RMSNorm,
@@ -198,6 +199,18 @@ class MoRForCausalLM(PreTrainedModel, GenerationMixin):
         """To be called after every optimizer step: what routers learn without a gradient."""
         for stage in self.recursions():
             stage.router.after_step()
+
+    def set_thresholds(self, thresholds: Sequence[float | None]) -> None:
+        """Other thresholds of the causal rule, by depth (see :class:`ExpertChoiceRouter`).
+
+        Raises:
+            ValueError: the routing has none, or these do not fit.
+        """
+        self.config.set_thresholds(thresholds)
+        for stage in self.recursions():
+            if isinstance(stage.router, ExpertChoiceRouter):
+                assert self.config.thresholds is not None
+                stage.router.thresholds = tuple(self.config.thresholds)
 
     def _score(
         self,

@@ -19,8 +19,9 @@ class ExpertChoiceRouter(Router):
     At depth r a token still active has a logit from a scorer of that depth and the gate
     ``alpha * activation(logit)``. In training depth r keeps the ``max(1, int(c_r * T))`` highest
     logits of a sequence of T tokens; that choice looks at the whole sequence. The causal rule keeps
-    a token whose logit, or that of a predictor, is at least 0 (a probability of 0.5). Where c_r is
-    no less than c_{r-1}, or than 1 at the first depth, both keep every token.
+    a token whose logit, or that of a predictor, is at least a threshold, by default 0 (a
+    probability of 0.5). Where c_r is no less than c_{r-1}, or than 1 at the first depth, training
+    keeps every token, and so does the causal rule if no threshold is given.
 
     Args:
         capacity: c_r, of the full sequence, one for each depth.
@@ -31,7 +32,13 @@ class ExpertChoiceRouter(Router):
             "none" nothing; then there is no causal rule.
         loss_coef: of that cross entropy.
         z_loss_coef: of the mean of logit ** 2 (the z-loss of a single logit).
+        thresholds: of the causal rule, one for each depth; None, there or for all, is the default.
+
+    Attributes:
+        thresholds: as above; may be set at any time.
     """
+
+    thresholds: tuple[float | None, ...]
 
     def __init__(
         self,
@@ -43,10 +50,12 @@ class ExpertChoiceRouter(Router):
         causal_rule: str = "aux_loss",
         loss_coef: float = 0.001,
         z_loss_coef: float = 0.0,
+        thresholds: tuple[float | None, ...] | None = None,
         update: str = "output",
     ) -> None:
         super().__init__(update)
         self.capacity = capacity
+        self.thresholds = (None,) * len(capacity) if thresholds is None else thresholds
         self.activation = activation
         self.alpha = alpha
         self.causal = causal_rule != "none"
@@ -68,13 +77,14 @@ class ExpertChoiceRouter(Router):
         predicted = logits
         if self.predictors is not None:
             predicted = self.predictors[depth](hidden.detach(), active).squeeze(1)
-        if self._keeps_all(depth):
+        threshold = self._threshold(depth)
+        if plan is None and threshold is not None:
+            rows, lengths, cu_seqlens = rows_where(predicted >= threshold, active)
+        elif plan is not None and self._chooses(depth):
+            rows, lengths, cu_seqlens = top(self.capacity[depth], logits.detach(), active, plan)
+        else:
             rows = torch.arange(active.total, dtype=torch.int32, device=logits.device)
             lengths, cu_seqlens = active.lengths, active.cu_seqlens
-        elif plan is None:
-            rows, lengths, cu_seqlens = rows_where(predicted >= 0, active)
-        else:
-            rows, lengths, cu_seqlens = top(self.capacity[depth], logits.detach(), active, plan)
         gate = self.alpha * ACTIVATIONS[self.activation](ops.gather_tokens(logits, rows))
         loss = None if plan is None else self._loss(logits, predicted, rows)
         return active.select(rows, lengths, cu_seqlens, gate), loss
@@ -85,14 +95,21 @@ class ExpertChoiceRouter(Router):
         hidden = ops.gather_tokens(hidden, rows)
         logits = predicted = self.scorers[depth](hidden).squeeze(1)
         gate = self.alpha * ACTIVATIONS[self.activation](logits)
-        if self._keeps_all(depth):
+        threshold = self._threshold(depth)
+        if threshold is None:
             return True, gate
         if self.predictors is not None:
             predicted = self.predictors[depth](hidden).squeeze(1)
-        return predicted >= 0, gate
+        return predicted >= threshold, gate
 
-    def _keeps_all(self, depth: int) -> bool:
-        return self.capacity[depth] >= (self.capacity[depth - 1] if depth > 0 else 1)
+    def _chooses(self, depth: int) -> bool:
+        """Whether the capacity of a depth leaves tokens out."""
+        return self.capacity[depth] < (self.capacity[depth - 1] if depth > 0 else 1)
+
+    def _threshold(self, depth: int) -> float | None:
+        """Of the causal rule; None keeps every token."""
+        given = self.thresholds[depth]
+        return given if given is not None else 0.0 if self._chooses(depth) else None
 
     def _loss(self, logits: Tensor, predicted: Tensor, chosen: Tensor) -> Tensor:
         """chosen: int32 rows of the top-k among the logits ``[k]``."""

@@ -1,0 +1,125 @@
+"""The engine's bench: what it compares is equal, what it counts is right, its table reads so."""
+
+import importlib
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from mor_ext.models import MoRConfig, MoRForCausalLM
+from mor_ext.training.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module
+
+
+@pytest.fixture
+def sizes(bench):
+    return bench("models_worker").Sizes(2, 64, 40, 32, 64, 8, 4, 2)
+
+
+def lengths(bench):
+    work = bench("engine_work")
+    return work.Lengths(8, 0.5, 2, 20), work.Lengths(6, 0.8, 2, 20)
+
+
+def test_whole_bench(bench, sizes, tmp_path, seed) -> None:
+    """Small models through all of it, a trained one's router included."""
+    module = bench("bench_engine")
+    model = MoRForCausalLM(
+        MoRConfig(
+            vocab_size=257, num_recursions=3, routing="expert_choice", max_position_embeddings=64
+        )
+    )
+    model.save_pretrained(tmp_path / "model")
+    train_tokenizer("byte", [""]).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("some text to cut prompts from. " * 20)
+    own = tmp_path / "model", tmp_path / "text.txt"
+    found = module.comparisons(sizes, 6, 2, lengths(bench), own)
+    assert list(found) == [module.FORCED, module.TRAINED, module.ONE, module.MIXED]
+    forced = found[module.FORCED]
+    assert forced["vanilla"]["facts"]["layers"] == 8
+    assert forced["vanilla"]["facts"]["kv_bytes"] == 8 * 2 * 2 * 8 * 4
+    for name, entry in forced.items():
+        assert entry["tokens"] == forced["vanilla"]["tokens"] > 0
+        assert len(entry["turns"]) == 2
+        facts = entry["facts"]
+        assert 0 < facts["scheduler_share"] < 0.5
+        assert facts["kv_bytes_held"] >= facts["kv_bytes"], name
+    text = module.engine_section({"conditions": "here", "comparisons": found})
+    goals = [line for line in text.splitlines() if line.endswith(("| yes |", "| **no** |"))]
+    assert len(goals) == sum(map(len, module.GOALS.values())) == 7
+    assert sum("MoR, sequence-wise" in line for line in text.splitlines()) == 2
+
+
+def test_forced_depths_have_the_shares_of_the_capacities(bench, sizes, seed) -> None:
+    work = bench("engine_work")
+    tokens = work.random_tokens(sizes)
+    requests = work.requests_of(40, tokens, *lengths(bench))
+    for depthwise in (True, False):
+        job = work.EngineJob(work.forced_mor(sizes), requests, 8, 1, depthwise=depthwise)
+        assert job() == requests.total_new
+        depth = torch.tensor([depth for result in job.results for depth in result.depth])
+        spread = 4 / len(depth) ** 0.5
+        for passes, share in enumerate(work.CAPACITY, 1):
+            assert (depth >= passes).double().mean() == pytest.approx(share, abs=spread)
+
+
+def test_vanilla_and_transformers_do_the_same(bench, sizes, seed) -> None:
+    work = bench("engine_work")
+    vanilla, theirs = work.vanilla_and_llama(sizes)
+    requests = work.requests_of(3, work.random_tokens(sizes), *lengths(bench))
+    job = work.EngineJob(vanilla, requests, 2, 0)
+    assert job() == work.transformers_job(theirs, requests)() == requests.total_new
+    for prompt, new, result in zip(requests.prompts, requests.new, job.results, strict=True):
+        expected = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+        assert prompt + result.tokens == expected[0].tolist()
+
+
+def test_lengths_keep_to_their_distribution(bench) -> None:
+    some = bench("engine_work").Lengths(48, 1.0, 8, 384)
+    generator = random.Random(1)
+    drawn = sorted(some.draw(generator) for _ in range(2000))
+    assert drawn[0] == 8 and drawn[-1] == 384
+    assert drawn[1000] == pytest.approx(48, rel=0.15)
+
+
+def test_ratios_are_judged(bench) -> None:
+    """Made-up times: a round in which the machine was busy changes no ratio."""
+    module = bench("bench_engine")
+    facts = {"kv_bytes": 100.0, "scheduler_share": 0.02}
+
+    def entry(seconds: list[float], **changed: float) -> dict:
+        turns = [{"seconds": s, "cpu": 2 * s} for s in seconds]
+        return {"tokens": 10, "turns": turns, "facts": facts | changed}
+
+    found = {
+        module.VANILLA: entry([1.3, 6.5, 1.3]),
+        module.MOR: entry([1.0, 5.0, 1.0], kv_bytes=73.0, scheduler_share=0.04),
+    }
+    met = {goal.what: (goal.measured(found), goal.met(found)) for goal in module.MOR_GOALS}
+    assert met == {
+        "tokens/s, MoR / vanilla": (pytest.approx(1.3), True),
+        "KV bytes a token, MoR / vanilla": (pytest.approx(0.73), False),
+        "scheduler's share, MoR": (0.04, False),
+        "scheduler's share, vanilla": (0.02, True),
+    }
+
+
+def test_command_line(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_engine.py", "--trained", "somewhere"])
+    with pytest.raises(SystemExit):
+        bench("bench_engine").main()
+    assert "--trained and --text must be given together" in capsys.readouterr().err
