@@ -123,6 +123,20 @@ def test_a_killed_run_resumes_to_the_digit(model, config, tmp_path):
         assert torch.equal(tensor, states[1][name]), name
 
 
+def test_a_run_that_has_finished_resumes_without_a_step(config, tmp_path):
+    path = config()
+    assert main(["train", "--config", path]) == 0
+    before, weights = losses(tmp_path / "out"), (tmp_path / "out/model.safetensors").read_bytes()
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    (tmp_path / "out/index.html").unlink()
+    assert main(["train", "--config", path, "--resume", "auto"]) == 0
+    assert losses(tmp_path / "out") == before
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+    again = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert again["eval_nll"] == metrics["eval_nll"]
+    assert (tmp_path / "out/index.html").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run with two checkpoints."""

@@ -89,7 +89,10 @@ def train(recipe: RunRecipe, resume: str | None, console: Console) -> Result | N
             corpus.tokenizer.save_pretrained(recipe.output)
             recipe.save(recipe.output)
     trainer = make_trainer(recipe, corpus, processes.num_processes, console)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if checkpoint is not None and trainer.is_last(checkpoint):
+        trainer.restore(checkpoint)  # the Trainer would take one step more
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return _finish(trainer, recipe, corpus)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from mor_ext.models import MoRForCausalLM
+from mor_ext.training.checkpoints import STATE
 from mor_ext.training.metrics import Meter
 from mor_ext.training.profiling import routing_shares
 from mor_ext.training.recipe import RunRecipe
@@ -104,6 +106,15 @@ class MoRTrainer(ShardedTrainer):
         self.clock = Clock()
         self.add_callback(self.clock)
 
+    def is_last(self, checkpoint: Path) -> bool:
+        """Whether a run has no steps left after it."""
+        return _state_of(checkpoint).global_step >= self.args.max_steps
+
+    def restore(self, checkpoint: Path) -> None:
+        """The model and the log of a checkpoint, to be evaluated."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = _state_of(checkpoint)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -185,6 +196,10 @@ class MoRTrainer(ShardedTrainer):
         shares = routing_shares(lambda: model(**inputs).loss.backward())
         model.zero_grad()
         return sum(shares.values())
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 class RouterCallback(TrainerCallback):
