@@ -44,6 +44,11 @@ def small(routing: str, kv_strategy: str = "recursion_wise", **fields) -> MoRFor
     ).eval()
 
 
+def words(batch: int, length: int) -> Tensor:
+    """Rows without a token twice: two equal ones at the start would tie in every router."""
+    return torch.stack([torch.randperm(40)[:length] for _ in range(batch)])
+
+
 # ---- saving and loading ----
 
 
@@ -64,13 +69,13 @@ def test_a_loaded_model_is_the_saved_one(routing, kv_strategy, tmp_path, seed):
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    ids = torch.randint(50, (2, 12))
+    ids = words(2, 12)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_biases_that_balance_loads_are_saved(tmp_path, seed):
     model = small("token_choice", balancing="bias").train()
-    ids = torch.randint(50, (2, 12))
+    ids = words(2, 11)  # 22 tokens, so that three depths cannot all have the mean load
     model(ids, labels=ids).loss.backward()
     model.update_routers()
     model.save_pretrained(tmp_path)
@@ -132,7 +137,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
     for row, length in zip(mask, LENGTHS, strict=True):
         start = {"left": 14 - length, "right": 0, "both": (14 - length) // 2}[side]
         row[start : start + length] = 1
-    return torch.randint(50, (3, 14)), mask
+    return words(3, 14), mask
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -205,7 +210,7 @@ def test_a_row_of_padding_only_is_an_empty_sequence(seed):
 
 def test_labels_of_minus_100_are_ignored(seed):
     model = small("expert_choice").double()
-    ids = torch.randint(50, (2, 10))
+    ids = words(2, 10)
     labels = torch.where(torch.rand(2, 10) < 0.4, -100, ids)
     labels[0, :2] = ids[0, :2]
     logits = model(ids).logits[:, :-1]
@@ -216,7 +221,7 @@ def test_labels_of_minus_100_are_ignored(seed):
 def test_losses_of_micro_batches_add_up_to_that_of_the_batch(seed):
     """By num_items_in_batch, as Trainer accumulates gradients: uneven numbers of labels too."""
     model = small("none").double().train()
-    ids = torch.randint(50, (4, 10))
+    ids = words(4, 10)
     labels = ids.masked_fill(torch.rand(4, 10) < 0.4, -100)
     whole = model(ids, labels=labels).loss
     items = (labels[:, 1:] != -100).sum()
@@ -229,7 +234,7 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_batch(seed):
 
 def test_the_routers_loss_counts_once_over_micro_batches(seed):
     model = small("token_choice").double().train()
-    ids = torch.randint(50, (4, 10))
+    ids = words(4, 10)
     items = 4 * 9
     parts = [model(i, labels=i, num_items_in_batch=items) for i in ids.split(2)]
     nll = sum(part.nll for part in parts) / 2
@@ -240,7 +245,7 @@ def test_the_routers_loss_counts_once_over_micro_batches(seed):
 
 def test_a_tuple_has_what_the_output_has(seed):
     model = small("expert_choice")
-    ids = torch.randint(50, (2, 10))
+    ids = words(2, 10)
     output = model(ids, labels=ids)
     values = model(ids, labels=ids, return_dict=False)
     assert all(torch.equal(a, b) for a, b in zip(values, output.values(), strict=True))
@@ -266,7 +271,7 @@ def step(model, ids: Tensor, seed: int) -> list[Tensor]:
 @every_routing
 def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(routing, kv_strategy, seed):
     model = small(routing, kv_strategy).double().train()
-    ids = torch.randint(50, (2, 12))
+    ids = words(2, 12)
 
     def run() -> tuple[list[Tensor], int]:
         kept = 0
@@ -300,7 +305,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(routing, kv_s
 )
 def test_a_compiled_training_step_is_the_eager_one(routing, kv_strategy, fullgraph, seed):
     model = small(routing, kv_strategy, sharing="cycle", num_hidden_layers=3).train()
-    ids = torch.randint(50, (2, 12))
+    ids = words(2, 12)
     expected = [t.clone() for t in step(model, ids, seed)]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
@@ -313,7 +318,7 @@ def test_a_compiled_training_step_is_the_eager_one(routing, kv_strategy, fullgra
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_can_be_resized(tied, size, tmp_path, seed):
     model = small("expert_choice", tie_word_embeddings=tied)
-    ids = torch.randint(40, (2, 10))
+    ids = words(2, 10)
     before = model(ids).logits
     model.resize_token_embeddings(size)
     after = model(ids)
