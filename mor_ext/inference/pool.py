@@ -11,8 +11,8 @@ from torch import Tensor
 from mor_ext import ops
 from mor_ext._engine import BLOCK_SIZE, Copies, Pass
 from mor_ext.inference.arrays import on_device
-from mor_ext.nn import KVView, Rotary, Tokens, cu_seqlens_of
-from mor_ext.nn.kv import CARRIED
+from mor_ext.nn import Rotary, Tokens, cu_seqlens_of
+from mor_ext.nn.kv import CARRIED, KeepingView
 
 if TYPE_CHECKING:  # models make caches
     from mor_ext.models import MoRConfig
@@ -56,7 +56,7 @@ class KVPool:
         return self.key.flatten(0, 1), self.value.flatten(0, 1)
 
 
-class PoolView(KVView):
+class PoolView(KeepingView):
     """What the rows of a pass see: each the lane of its sequence, stage and depth."""
 
     def __init__(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mor_ext.nn.attention import Attention
-from mor_ext.nn.kv import KVView
+from mor_ext.nn.kv import KeepingView, KVView
 from mor_ext.nn.mlp import SwiGLU
 from mor_ext.nn.norm import RMSNorm
 
@@ -30,10 +30,9 @@ class Layer(nn.Module):
         rows, normed = self.mlp_norm.beside(rows + self.attention(normed, view))
         return rows + self.mlp(normed)  # [k, hidden_size]
 
-    def leave(self, hidden: Tensor, view: KVView) -> None:
-        """K/V of the tokens that have exited, from their rows of hidden ``[N, hidden_size]``."""
-        assert view.exited is not None and view.exited.index is not None
-        _, normed = self.attention_norm.gather(hidden, view.exited.index)
+    def leave(self, hidden: Tensor, index: Tensor, view: KeepingView) -> None:
+        """Hands the view K/V of the tokens that have exited, rows ``index`` of hidden."""
+        _, normed = self.attention_norm.gather(hidden, index)
         view.keep(self.attention.layer, *self.attention.key_value(normed))
 
 
@@ -53,10 +52,11 @@ class Block(nn.Module):
 
         Tokens that the view calls exited leave every layer their K/V, from their rows of hidden.
         """
-        if view.exited is not None:
+        if isinstance(view, KeepingView) and view.exited is not None:
+            assert view.exited.index is not None
             for layer in self.layers:
                 assert isinstance(layer, Layer)
-                layer.leave(hidden, view)
+                layer.leave(hidden, view.exited.index, view)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, view, index, use_reentrant=False)

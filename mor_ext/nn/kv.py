@@ -12,6 +12,7 @@ A layer sees only a :class:`KVView`. What a query sees at a depth, always up to 
 Hybrid and frozen carry the K/V of tokens that are not active from depth to depth.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -25,21 +26,26 @@ from mor_ext.nn.tokens import Tokens
 CARRIED = ("hybrid", "frozen")
 
 
-class KVView:
+class KVView(ABC):
     """The K/V of every layer of a block at one depth."""
 
     new_rows: int | None = None  # so many rows, the first, bring K/V of their own; None is all
-    exited: Tokens | None = None  # tokens whose K/V the block is to hand over, to ``keep``
 
+    @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor | None, value: Tensor | None) -> Tensor:
         """Rotates query ``[k, heads, head_dim]`` and key, keeps what later depths or steps need,
         and returns the attention's output ``[k, heads, head_dim]``. Key and value are those of the
         new rows, None if there are none."""
-        raise NotImplementedError
 
+
+class KeepingView(KVView):
+    """A view that also keeps K/V of tokens which have gone no further."""
+
+    exited: Tokens | None = None  # those that have just left, if their K/V change by that
+
+    @abstractmethod
     def keep(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Takes the K/V ``[e, kv_heads, head_dim]`` of the exited tokens, before ``attend``."""
-        raise NotImplementedError
 
 
 class KVStore(Protocol):
@@ -160,7 +166,7 @@ def carry(strategy: str, tokens: Tokens, active: Tokens, before: object) -> Carr
     return Carried(tokens, active, exited, last)
 
 
-class CarriedView(KVView):
+class CarriedView(KeepingView):
     """Active tokens that see every listed one up to themselves."""
 
     def __init__(self, rotary: Rotary, carried: Carried) -> None:
