@@ -49,7 +49,9 @@ class Engine:
     parallel samples are requests of the same prompt with different seeds.
 
     Args:
-        model: any with a causal rule; it is put in evaluation mode.
+        model: any with a causal rule; it is put in evaluation mode. On a CPU its linear layers get
+            copies of their weights that products of few rows are faster with, see
+            :class:`mor_ext.nn.PackedWeight`.
         tokenizer: with ``encode`` and ``decode`` as in transformers; prompts may then be strings.
         max_batch: requests that run at once.
         num_blocks: of the K/V cache, each 16 entries of one layer. None is as many as ``memory``

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mor_ext._engine import Pass, Scheduler
 from mor_ext.inference.arrays import on_device
 from mor_ext.inference.pool import KVPool, PoolView
-from mor_ext.nn import Recursion, Router
+from mor_ext.nn import Linear, PackedWeight, Recursion, Router
 
 if TYPE_CHECKING:  # models make caches
     from mor_ext.models import MoRForCausalLM
@@ -67,6 +66,10 @@ class Walk:
         weight = model.embed_tokens.weight
         self.hidden = weight.new_zeros(slots, model.config.hidden_size)
         self.stages = [(stage, Routed(stage.router, slots)) for stage in model.recursions()]
+        self.head = PackedWeight()
+        for module in model.modules():
+            if isinstance(module, Linear) and module.packed is None:
+                module.packed = PackedWeight()
 
     def step(self) -> tuple[list[int], Tensor]:
         """After ``scheduler.plan()``: sequences to be given a token, and logits ``[n, vocab]``."""
@@ -78,7 +81,7 @@ class Walk:
                     break
         sampled = self.scheduler.finish_step()
         _, normed = self.model.norm.gather(self.hidden, self._tensor(sampled.rows))
-        return sampled.ids.tolist(), F.linear(normed, self.model.head_weight())
+        return sampled.ids.tolist(), self.head(normed, self.model.head_weight())
 
     def _tensor(self, array: NDArray[np.int32]) -> Tensor:
         return on_device(array, self.hidden.device)

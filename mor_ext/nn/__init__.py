@@ -3,6 +3,7 @@
 from mor_ext.nn.attention import Attention
 from mor_ext.nn.block import Block, Layer
 from mor_ext.nn.kv import KVStore, KVView, PackedKV
+from mor_ext.nn.linear import Linear, PackedWeight
 from mor_ext.nn.loss import linear_cross_entropy
 from mor_ext.nn.mlp import SwiGLU
 from mor_ext.nn.norm import RMSNorm
@@ -27,7 +28,9 @@ __all__ = [
     "KVStore",
     "KVView",
     "Layer",
+    "Linear",
     "PackedKV",
+    "PackedWeight",
     "RMSNorm",
     "RandomRouter",
     "Recursion",

@@ -1,9 +1,9 @@
 """Grouped-query attention over packed tokens."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mor_ext.nn.kv import KVView
+from mor_ext.nn.linear import Linear
 
 
 class Attention(nn.Module):
@@ -20,8 +20,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = head_dim
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-        self.qkv_proj = nn.Linear(hidden_size, sum(self.sizes), bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
+        self.qkv_proj = Linear(hidden_size, sum(self.sizes))
+        self.o_proj = Linear(heads * head_dim, hidden_size)
 
     def forward(self, x: Tensor, view: KVView) -> Tensor:  # [k, hidden_size]
         key = value = None
@@ -29,7 +29,7 @@ class Attention(nn.Module):
             query, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
             key, value = self._heads(key), self._heads(value)
         else:
-            query = F.linear(x, self.qkv_proj.weight[: self.sizes[0]])
+            query = self.qkv_proj(x, part=(0, self.sizes[0]))
             if view.new_rows > 0:
                 key, value = self.key_value(x[: view.new_rows])
         out = view.attend(self.layer, self._heads(query), key, value)
@@ -37,7 +37,7 @@ class Attention(nn.Module):
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """K and V ``[k, kv_heads, head_dim]`` of x ``[k, hidden_size]``, not rotated."""
-        key, value = F.linear(x, self.qkv_proj.weight[self.sizes[0] :]).chunk(2, dim=-1)
+        key, value = self.qkv_proj(x, part=(self.sizes[0], sum(self.sizes))).chunk(2, dim=-1)
         return self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:  # [k, heads * head_dim] to [k, heads, head_dim]

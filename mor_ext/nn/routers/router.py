@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mor_ext import ops
+from mor_ext.nn.linear import Linear
 from mor_ext.nn.tokens import Tokens
 
 
@@ -118,7 +119,7 @@ class Scorer(nn.Module):
     def __init__(self, kind: str, hidden_size: int, outputs: int) -> None:
         super().__init__()
         width = self.WIDTH.get(kind, 1) * hidden_size
-        self.up = None if kind == "linear" else nn.Linear(hidden_size, width, bias=False)
+        self.up = None if kind == "linear" else Linear(hidden_size, width)
         self.weight = nn.Parameter(torch.empty(outputs, width))
 
     def forward(self, hidden: Tensor, active: Tokens | None = None) -> Tensor:

@@ -1,0 +1,78 @@
+"""Linear layers, and weights laid out for products of few rows."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Part = tuple[int, int]
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T``.
+
+    Attributes:
+        packed: what products take instead of the weight where no gradient is wanted, if set.
+    """
+
+    packed: PackedWeight | None = None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, part: Part | None = None) -> Tensor:
+        """``[k, in_features]`` to ``[k, out_features]``, or to the outputs [start, stop) only."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self.packed(x, self.weight, part)
+        return F.linear(x, part_of(self.weight, part))
+
+
+class PackedWeight:
+    """A copy of a weight in the order in which oneDNN's kernels read it, on a CPU.
+
+    Without it every call brings the weight into such an order anew, which for 16 rows takes as long
+    as the product itself. The copy takes the weight's memory once more. It is made when it is first
+    asked for, and again after the weight has changed; copies and pickles of this object start
+    without it. Where oneDNN has no kernel for the dtype, products take the weight as it is.
+    """
+
+    def __init__(self) -> None:
+        self.parts: dict[Part | None, Tensor] = {}
+        self.made_of: tuple[int, int] | None = None  # a weight's address and version
+
+    def __call__(self, x: Tensor, weight: Tensor, part: Part | None = None) -> Tensor:
+        """``x @ weight.T`` ``[k, out_features]`` of x ``[k, in_features]``; part as in Linear."""
+        if not can_pack(weight):
+            return F.linear(x, part_of(weight, part))
+        now = (weight.data_ptr(), weight._version)
+        if self.made_of != now:
+            self.parts.clear()
+            self.made_of = now
+        packed = self.parts.get(part)
+        if packed is None:
+            rows = part_of(weight.detach(), part)
+            packed = self.parts[part] = torch.ops.mkldnn._reorder_linear_weight(rows)
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedWeight, ()
+
+
+def can_pack(weight: Tensor) -> bool:
+    return weight.is_cpu and not weight.is_inference() and weight.dtype in packable_dtypes()
+
+
+@cache
+def packable_dtypes() -> frozenset[torch.dtype]:
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset({torch.float32, torch.bfloat16} if bf16 else {torch.float32})
+
+
+def part_of(weight: Tensor, part: Part | None) -> Tensor:
+    return weight if part is None else weight[part[0] : part[1]]
