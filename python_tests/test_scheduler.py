@@ -50,6 +50,9 @@ def drive(simulation: Simulation, rng: random.Random, requests: int, cancel: flo
 def assert_empty(scheduler: Scheduler) -> None:
     scheduler.check()
     assert scheduler.num_running == scheduler.num_waiting == 0
+    assert scheduler.num_blocks_free + scheduler.num_blocks_kept == scheduler.num_blocks
+    scheduler.drop_kept()
+    assert scheduler.num_kept == scheduler.num_blocks_kept == 0
     assert scheduler.num_blocks_free == scheduler.num_blocks
 
 
