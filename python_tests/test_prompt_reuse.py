@@ -222,16 +222,31 @@ def test_so_many_are_kept_and_no_more():
     assert [shares(sim, 2000 + i, prefixes[i]) for i in (1, 0)] == [19, 0]
 
 
+def once(scheduler: Scheduler, number: int, prompt: list[int], keep: bool = True) -> None:
+    """Through a model of one layer, until a token of it would be sampled."""
+    scheduler.submit(number, np.array(prompt, dtype=np.int32))
+    scheduler.plan()
+    scheduler.enter(0)
+    scheduler.choose()
+    assert scheduler.run(0) is not None
+    scheduler.advance()
+    assert scheduler.finish_step().ids.tolist() == [number]
+    scheduler.finish(number, keep)
+
+
 def test_a_sequence_may_end_without_being_kept():
     scheduler = Scheduler([(1, 1)], "shared", 9, 1, 32)
     for number, keep in ((0, False), (1, True)):
-        scheduler.submit(number, np.arange(20, dtype=np.int32))
-        scheduler.plan()
-        scheduler.enter(0)
-        scheduler.choose()
-        assert scheduler.run(0) is not None
-        scheduler.advance()
-        assert scheduler.finish_step().ids.tolist() == [number]
-        scheduler.finish(number, keep)
+        once(scheduler, number, list(range(20)), keep)
         assert scheduler.num_kept == keep
     assert scheduler.counters.shared_tokens == 0
+
+
+def test_sequences_that_end_alike_are_both_kept():
+    scheduler = Scheduler([(1, 1)], "shared", 30, 1, 64)
+    end = list(range(100, 120))
+    for number, start in enumerate(([1], [2], [1, 1], [1, 2])):
+        once(scheduler, number, start + end)
+        assert scheduler.num_kept == number + 1
+    once(scheduler, 9, [2, *end])
+    assert scheduler.num_kept == 4 and scheduler.counters.shared_tokens == 20
