@@ -153,7 +153,10 @@ class EngineJob:
             -(-(p + n) // BLOCK_SIZE) for p, n in zip(lengths, requests.new, strict=True)
         )
         blocks = sum(pages[-batch:]) * model.config.num_hidden_layers  # what is needed at most
-        self.engine = Engine(model, max_batch=batch, num_blocks=blocks, **options)
+        # Every run computes its prompts anew.
+        self.engine = Engine(
+            model, max_batch=batch, num_blocks=blocks, share_prefixes=False, **options
+        )
         self.params = [
             SamplingParams(max_new_tokens=n, temperature=temperature, ignore_eos=True, seed=i)
             for i, n in enumerate(requests.new)

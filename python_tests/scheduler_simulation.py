@@ -1,4 +1,5 @@
-"""A model of numbers for the scheduler: it checks who sees what, at every row of every pass.
+"""A model of numbers for the scheduler: it checks who sees what, at rows of every pass, through the
+arrays that Python gets. csrc/engine/simulation does so for many more steps, without those.
 
 A token's depth in a stage is a hash of itself and its position, the next token one of the sequence.
 The K/V of a token are a number that says where they were made: ``1000 * position + depth`` by the

@@ -18,12 +18,34 @@ def test_blocks_go_out_once_and_come_back():
     assert pool.num_free == 1 and pool.take() == blocks[2]
 
 
+def test_kept_blocks_are_counted_as_long_as_nobody_else_uses_them():
+    pool = BlockPool(3)
+    block = pool.take()
+    pool.share(block)
+    pool.keep(block)
+    assert (pool.num_free, pool.num_kept, pool.users(block)) == (2, 0, 2)
+    pool.drop(block)
+    assert (pool.num_free, pool.num_kept, pool.users(block)) == (2, 1, 1)
+    pool.share(block)
+    assert pool.num_kept == 0
+    pool.drop_kept(block)
+    assert (pool.num_free, pool.num_kept, pool.users(block)) == (2, 0, 1)
+    pool.keep(block)
+    pool.drop_kept(block)
+    assert (pool.num_free, pool.num_kept, pool.users(block)) == (3, 0, 0)
+
+
 def test_misuse_of_blocks_is_an_error():
     pool = BlockPool(1)
-    for misuse in (pool.share, pool.drop):
+    for misuse in (pool.share, pool.drop, pool.keep, pool.drop_kept):
         with pytest.raises(RuntimeError, match="block 0 is free"):
             misuse(0)
     pool.take()
+    with pytest.raises(RuntimeError, match="block 0 has no such user"):
+        pool.drop_kept(0)
+    pool.keep(0)
+    with pytest.raises(RuntimeError, match="block 0 has no such user"):
+        pool.drop(0)
     with pytest.raises(RuntimeError, match="no block is free"):
         pool.take()
     with pytest.raises(IndexError):
@@ -79,6 +101,21 @@ def test_a_prefix_of_whole_pages_copies_nothing():
         fork.prefix(pool, 34)
 
 
+def test_a_kept_lane_is_cut_and_its_pages_are_copied_by_who_appends():
+    pool, lane, copies = BlockPool(20), Lane(1), Copies()
+    lane.append(pool, 40, copies)
+    lane.keep(pool, 20)
+    assert (lane.entries, pool.num_free, pool.num_kept) == (20, 18, 2)
+    heir = lane.prefix(pool, 20)
+    assert pool.num_kept == 0 and heir.blocks_to_append(pool, 1) == 1
+    heir.append(pool, 1, copies)
+    assert list(copies.source) == list(lane.blocks)[1:] and pool.num_kept == 1
+    lane.clear(pool)
+    assert (pool.num_free, pool.num_kept) == (18, 0)
+    heir.clear(pool)
+    assert pool.num_free == 20
+
+
 def test_entries_survive_any_order_of_appends_forks_and_ends():
     """Random lanes against lists: what each lane wrote is what it reads, through all copies."""
     seed = random.SystemRandom().randrange(2**31)
@@ -88,17 +125,24 @@ def test_entries_survive_any_order_of_appends_forks_and_ends():
     memory: dict[int, int] = {}  # address: value
     lanes: list[tuple[Lane, list[int]]] = []
     value = 0
+    kept: list[tuple[Lane, list[int]]] = []
 
     for _ in range(2000):
         action = rng.random()
         if action < 0.15 or not lanes:
             lanes.append((Lane(2), []))
         elif action < 0.3:
-            lane, held = rng.choice(lanes)
+            lane, held = rng.choice(lanes + kept)
             count = rng.randint(0, len(held))
             lanes.append((lane.prefix(pool, count), held[:count]))
-        elif action < 0.45:
-            lanes.pop(rng.randrange(len(lanes)))[0].clear(pool)
+        elif action < 0.38:
+            lane, held = lanes.pop(rng.randrange(len(lanes)))
+            count = rng.randint(0, len(held))
+            lane.keep(pool, count)
+            kept.append((lane, held[:count]))
+        elif action < 0.52:
+            ended = rng.choice([lanes, kept or lanes])
+            ended.pop(rng.randrange(len(ended)))[0].clear(pool)
         else:
             lane, held = rng.choice(lanes)
             count, copies, free = rng.randint(0, 20), Copies(), pool.num_free
@@ -116,10 +160,13 @@ def test_entries_survive_any_order_of_appends_forks_and_ends():
                 held.append(value)
                 for layer in range(2):
                     memory[lane.address(layer, entry)] = 2 * value + layer
-        lane, held = rng.choice(lanes) if lanes else (Lane(2), [])
+        lane, held = rng.choice(lanes + kept) if lanes + kept else (Lane(2), [])
         for layer in range(2):
             read = [memory[lane.address(layer, entry)] for entry in range(len(held))]
             assert read == [2 * written + layer for written in held]
     for lane, _ in lanes:
+        lane.clear(pool)
+    assert pool.num_free + pool.num_kept == 120
+    for lane, _ in kept:
         lane.clear(pool)
     assert pool.num_free == 120

@@ -27,6 +27,8 @@ def run_to_end(engine: Engine) -> dict[int, Result]:
         results |= {result.request: result for result in engine.step()}
     engine.scheduler.check()
     assert engine.statistics().blocks_used == 0
+    engine.forget()
+    assert engine.statistics().blocks_kept == 0
     return results
 
 

@@ -14,9 +14,12 @@ void bind_blocks(py::module_& m) {
       .def(py::init<int32_t>(), py::arg("num_blocks"))
       .def_property_readonly("num_blocks", &BlockPool::num_blocks)
       .def_property_readonly("num_free", &BlockPool::num_free)
+      .def_property_readonly("num_kept", &BlockPool::num_kept)
       .def("take", &BlockPool::take)
       .def("share", &BlockPool::share, py::arg("block"))
       .def("drop", &BlockPool::drop, py::arg("block"))
+      .def("keep", &BlockPool::keep, py::arg("block"))
+      .def("drop_kept", &BlockPool::drop_kept, py::arg("block"))
       .def("users", &BlockPool::users, py::arg("block"));
 
   py::class_<Copies> copies(m, "Copies", "What is to be copied: from source[i] to target[i].");
@@ -32,6 +35,7 @@ void bind_blocks(py::module_& m) {
       .def("blocks_to_append", &Lane::blocks_to_append, py::arg("pool"), py::arg("count"))
       .def("append", &Lane::append, py::arg("pool"), py::arg("count"), py::arg("copies"))
       .def("prefix", &Lane::prefix, py::arg("pool"), py::arg("entries"))
+      .def("keep", &Lane::keep, py::arg("pool"), py::arg("entries"))
       .def("clear", &Lane::clear, py::arg("pool"));
   def_view(lane, "blocks", [](const Lane& l) -> auto& { return l.blocks(); });
 }

@@ -109,7 +109,8 @@ void bind_scheduler(py::module_& m) {
       .def_readonly("steps", &Counters::steps)
       .def_readonly("preemptions", &Counters::preemptions)
       .def_readonly("tokens", &Counters::tokens)
-      .def_readonly("shared_tokens", &Counters::shared_tokens);
+      .def_readonly("shared_tokens", &Counters::shared_tokens)
+      .def_readonly("evictions", &Counters::evictions);
 
   using py::arg;
   const auto internal = py::return_value_policy::reference_internal;
@@ -159,7 +160,8 @@ void bind_scheduler(py::module_& m) {
             s.append(engine::span_of<int64_t>(ids), engine::span_of<int32_t>(tokens));
           },
           arg("ids"), arg("tokens"))
-      .def("finish", &Scheduler::finish, arg("id"))
+      .def("finish", &Scheduler::finish, arg("id"), arg("keep") = true)
+      .def("drop_kept", &Scheduler::drop_kept)
       .def(
           "depth",
           [](const py::object& self, int64_t id) {
@@ -174,10 +176,13 @@ void bind_scheduler(py::module_& m) {
       .def_property_readonly("counters", &Scheduler::counters, internal)
       .def_property_readonly("num_running", &Scheduler::num_running)
       .def_property_readonly("num_waiting", &Scheduler::num_waiting)
+      .def_property_readonly("num_kept", &Scheduler::num_kept)
       .def_property_readonly("num_slots_free", &Scheduler::num_slots_free)
       .def_property_readonly("num_blocks", [](const Scheduler& s) { return s.pool().num_blocks(); })
       .def_property_readonly("num_blocks_free",
-                             [](const Scheduler& s) { return s.pool().num_free(); });
+                             [](const Scheduler& s) { return s.pool().num_free(); })
+      .def_property_readonly("num_blocks_kept",
+                             [](const Scheduler& s) { return s.pool().num_kept(); });
 }
 
 }  // namespace mor::engine

@@ -13,7 +13,7 @@ BlockPool::BlockPool(int32_t num_blocks) {
     throw std::invalid_argument("num_blocks must be in [0, " + std::to_string(most) + "], got " +
                                 std::to_string(num_blocks));
   }
-  users_.assign(num_blocks, 0);
+  users_.resize(num_blocks);
   free_.resize(num_blocks);
   std::iota(free_.rbegin(), free_.rend(), 0);  // block 0 is taken first
 }
@@ -24,30 +24,25 @@ int32_t BlockPool::take() {
   }
   const int32_t block = free_.back();
   free_.pop_back();
-  users_[block] = 1;
+  users_[block].running = 1;
   return block;
 }
 
-void BlockPool::share(int32_t block) {
-  ++used(block);
-}
-
-void BlockPool::drop(int32_t block) {
-  if (--used(block) == 0) {
-    free_.push_back(block);
-  }
-}
-
-int32_t BlockPool::users(int32_t block) const {
-  return users_.at(block);
-}
-
-int32_t& BlockPool::used(int32_t block) {
-  int32_t& users = users_.at(block);
-  if (users == 0) {
+void BlockPool::change(int32_t block, Users by) {
+  Users& users = users_.at(block);
+  if (users.all() == 0) {
     throw std::logic_error("block " + std::to_string(block) + " is free");
   }
-  return users;
+  if (users.running + by.running < 0 || users.kept + by.kept < 0) {
+    throw std::logic_error("block " + std::to_string(block) + " has no such user");
+  }
+  num_kept_ -= users.only_kept();
+  users.running += by.running;
+  users.kept += by.kept;
+  num_kept_ += users.only_kept();
+  if (users.all() == 0) {
+    free_.push_back(block);
+  }
 }
 
 }  // namespace mor::engine

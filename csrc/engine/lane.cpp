@@ -1,6 +1,7 @@
 #include "engine/lane.h"
 
 #include <stdexcept>
+#include <utility>
 
 namespace mor::engine {
 
@@ -49,12 +50,23 @@ Lane Lane::prefix(BlockPool& pool, int32_t entries) const {
   return lane;
 }
 
+void Lane::keep(BlockPool& pool, int32_t entries) {
+  Lane kept = prefix(pool, entries);
+  clear(pool);
+  *this = std::move(kept);
+  for (const int32_t block : blocks_) {
+    pool.keep(block);
+  }
+  kept_ = true;
+}
+
 void Lane::clear(BlockPool& pool) {
   for (const int32_t block : blocks_) {
-    pool.drop(block);
+    kept_ ? pool.drop_kept(block) : pool.drop(block);
   }
   blocks_.clear();
   entries_ = 0;
+  kept_ = false;
 }
 
 }  // namespace mor::engine

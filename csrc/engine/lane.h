@@ -45,8 +45,10 @@ class Lane {
   int32_t blocks_to_append(const BlockPool& pool, int32_t count) const;
   // Makes room for count more entries. Blocks to copy before they are written are added to copies.
   void append(BlockPool& pool, int32_t count, Copies& copies);
-  // A lane of the first entries of this one, in the same blocks.
+  // A lane of the first entries of this one, in the same blocks; it runs.
   Lane prefix(BlockPool& pool, int32_t entries) const;
+  // Makes it a kept one of its first entries, which nobody appends to.
+  void keep(BlockPool& pool, int32_t entries);
   // Gives every block back.
   void clear(BlockPool& pool);
 
@@ -56,6 +58,7 @@ class Lane {
 
   int32_t layers_;
   int32_t entries_ = 0;
+  bool kept_ = false;
   std::vector<int32_t> blocks_;  // [pages, layers]
 };
 

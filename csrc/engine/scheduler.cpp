@@ -27,6 +27,7 @@ Scheduler::Scheduler(Layout layout, Limits limits)
     : layout_(std::move(layout)),
       limits_(limits),
       pool_(limits.num_blocks),
+      kept_(layout_, pool_),
       walk_(layout_, pool_, running_) {
   check_limit(limits.max_batch >= 1, "max_batch", "at least 1", limits.max_batch);
   check_limit(limits.token_budget >= limits.max_batch, "token_budget", "at least max_batch",
@@ -51,9 +52,8 @@ void Scheduler::cancel(int64_t id) {
   cancelled_.push_back(id);
 }
 
+// Under the lock.
 void Scheduler::take_in() {
-  const std::lock_guard lock(inbox_mutex_);
-  ++counters_.steps;
   for (auto& sequence : submitted_) {
     waiting_.emplace(sequence->rank, sequence.get());
     sequences_.emplace(sequence->rank.id, std::move(sequence));
@@ -70,7 +70,11 @@ void Scheduler::take_in() {
 // ---- the plan of a step ----
 
 bool Scheduler::plan() {
-  take_in();
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    ++counters_.steps;
+    take_in();
+  }
   reserved_ = entering_ = 0;
   for (Sequence* sequence : running_) {
     sequence->reserved = sequence->entering = 0;
@@ -86,11 +90,16 @@ bool Scheduler::plan() {
 }
 
 // Puts blocks aside for what a sequence has in flight and `begin` more tokens, instead of what was
-// put aside for it before. False, with nothing changed, if there are not enough.
+// put aside for it before. False if there are not enough, even without any kept sequence.
 bool Scheduler::reserve(Sequence& sequence, int32_t begin) {
-  const int32_t blocks = sequence.blocks_for_step(layout_, pool_, begin);
-  if (blocks - sequence.reserved > blocks_left()) {
-    return false;
+  int32_t blocks = sequence.blocks_for_step(layout_, pool_, begin);
+  while (blocks - sequence.reserved > blocks_left()) {
+    if (!kept_.evict()) {
+      return false;
+    }
+    ++counters_.evictions;
+    // Fewer, if it no longer shares a page that it appends to.
+    blocks = sequence.blocks_for_step(layout_, pool_, begin);
   }
   unreserve(sequence);
   reserved_ += sequence.reserved = blocks;
@@ -155,13 +164,17 @@ bool Scheduler::admit(Sequence& sequence, const Match& match) {
   if (num_running() == limits_.max_batch || slots_left() == 0) {
     return false;
   }
+  bool roomy = true;
   if (match.parent != nullptr) {
     sequence.share_prefix(*match.parent, match.tokens, layout_, pool_);
+    kept_.touch(*match.parent);
+    // From now on the parent has to copy a page before it appends to it.
+    roomy = reserve(*match.parent, match.parent->entering);
   }
   // Room for all of it, and for the others to go on, so that it is not preempted halfway.
   const int64_t wanted =
       expected_blocks(sequence.remaining()) + num_running() * layout_.most_blocks(1);
-  const bool roomy = running_.empty() || wanted <= blocks_left();
+  roomy = roomy && (running_.empty() || wanted <= blocks_to_be_had());
   int32_t chunk = roomy ? std::min(sequence.remaining(), slots_left()) : 0;
   while (chunk > 0 && !reserve(sequence, chunk)) {
     chunk /= 2;
@@ -198,16 +211,26 @@ Scheduler::Match Scheduler::match_of(const Sequence& sequence) const {
     return best;
   }
   int32_t most = 0;  // when all have done what they know
-  for (const Sequence* other : running_) {
+  const auto compare = [&](Sequence& other) {
     // Its last token is to be done in any case, for what comes next.
-    const int32_t length = std::min(sequence.size() - 1, other->size());
+    const int32_t length = std::min(sequence.size() - 1, other.size());
     const auto end = sequence.tokens.begin() + length;
-    const auto differs = std::mismatch(sequence.tokens.begin(), end, other->tokens.begin()).first;
+    const auto differs = std::mismatch(sequence.tokens.begin(), end, other.tokens.begin()).first;
     const auto common = static_cast<int32_t>(differs - sequence.tokens.begin());
     most = std::max(most, common);
-    const int32_t done = std::min(common, other->done);
+    const int32_t done = std::min(common, other.done);
     if (done >= kBlockSize && done > best.tokens) {
-      best = {.parent = other, .tokens = done};
+      best = {.parent = &other, .tokens = done};
+    }
+  };
+  for (Sequence* other : running_) {
+    compare(*other);
+  }
+  for (const auto& other : kept_.all()) {
+    // The first token beyond the best shows of most that they are no better.
+    if (best.tokens < std::min(sequence.size(), other->size()) &&
+        sequence.tokens[best.tokens] == other->tokens[best.tokens]) {
+      compare(*other);
     }
   }
   best.grows = most - best.tokens >= kBlockSize;
@@ -226,17 +249,17 @@ int64_t Scheduler::expected_blocks(int32_t tokens) const {
 
 void Scheduler::preempt(Sequence& sequence) {
   withdraw(sequence);
+  sequence.restart(pool_);
   waiting_.emplace(sequence.rank, &sequence);
   ++counters_.preemptions;
 }
 
-// Takes a running sequence out, with all that it holds.
+// Takes a running sequence out, and its slots. It still has its lanes.
 void Scheduler::withdraw(Sequence& sequence) {
   unreserve(sequence);
   for (const Unit& unit : sequence.units) {
     slots_.insert(slots_.end(), unit.slots.begin(), unit.slots.end());
   }
-  sequence.restart(pool_);
   std::erase(running_, &sequence);
 }
 
@@ -296,12 +319,26 @@ void Scheduler::append(std::span<const int64_t> ids, std::span<const int32_t> to
   }
 }
 
-void Scheduler::finish(int64_t id) {
-  Sequence& sequence = *sequences_.at(id);
-  if (waiting_.erase(sequence.rank) == 0) {
-    withdraw(sequence);
-  }
+void Scheduler::finish(int64_t id, bool keep) {
+  std::unique_ptr<Sequence> sequence = std::move(sequences_.at(id));
   sequences_.erase(id);
+  if (waiting_.erase(sequence->rank) == 0) {
+    withdraw(*sequence);
+  }
+  if (keep && limits_.share_prefixes && sequence->done >= kBlockSize) {
+    kept_.add(std::move(sequence));
+  } else {
+    sequence->restart(pool_);
+  }
+}
+
+void Scheduler::drop_kept() {
+  {
+    const std::lock_guard lock(inbox_mutex_);
+    take_in();
+  }
+  while (kept_.evict()) {
+  }
 }
 
 std::span<const uint8_t> Scheduler::depth(int64_t id) const {
@@ -311,34 +348,6 @@ std::span<const uint8_t> Scheduler::depth(int64_t id) const {
   }
   const Sequence& sequence = *found->second;
   return {sequence.depth.data(), static_cast<size_t>(sequence.done) * layout_.num_stages()};
-}
-
-void Scheduler::check() const {
-  std::vector<int32_t> users(pool_.num_blocks(), 0);
-  size_t slots = slots_.size();
-  for (const auto& [id, sequence] : sequences_) {
-    for (const Unit& unit : sequence->units) {
-      slots += unit.slots.size();
-    }
-    for (const Lane& lane : sequence->lanes) {
-      for (const int32_t block : lane.blocks()) {
-        ++users[block];
-      }
-    }
-  }
-  for (int32_t block = 0; block < pool_.num_blocks(); ++block) {
-    if (users[block] != pool_.users(block)) {
-      throw std::logic_error("block " + std::to_string(block) + " has " +
-                             std::to_string(pool_.users(block)) + " users, lanes name it " +
-                             std::to_string(users[block]) + " times");
-    }
-  }
-  if (std::count(users.begin(), users.end(), 0) != pool_.num_free()) {
-    throw std::logic_error("free blocks and used ones are not all blocks");
-  }
-  if (slots != static_cast<size_t>(limits_.token_budget)) {
-    throw std::logic_error("a slot is lost, or is there twice");
-  }
 }
 
 }  // namespace mor::engine

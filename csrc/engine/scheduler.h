@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/block_pool.h"
+#include "engine/kept.h"
 #include "engine/layout.h"
 #include "engine/sequence.h"
 #include "engine/stage_walk.h"
@@ -33,6 +34,7 @@ struct Counters {
   int64_t steps = 0, preemptions = 0;
   int64_t tokens = 0;         // that have left the last stage
   int64_t shared_tokens = 0;  // taken over from another sequence instead
+  int64_t evictions = 0;      // finished sequences whose K/V had to make room
 };
 
 // First come, first served, by rank: a sequence of priority p goes before those that were submitted
@@ -43,8 +45,10 @@ struct Counters {
 // again, with all that it has been given so far as its prompt. The sequence of the first rank is
 // never preempted, and by the rule of submit it fits alone, so it finishes.
 //
-// A sequence that begins with tokens that a running one has done takes over their entries, in the
-// same blocks. It waits for one that is still at it.
+// A sequence that begins with tokens that another has done takes over their entries, in the same
+// blocks. It waits for a running one that is still at it. Those of a finished sequence stay as long
+// as their room is not needed: before anybody waits or is preempted for want of blocks, they go,
+// those used least recently first.
 //
 // One thread at a time; submit and cancel may be called from any, and take effect in plan.
 class Scheduler {
@@ -66,9 +70,12 @@ class Scheduler {
   StageWalk& walk() { return walk_; }
   const Sampled& finish_step();
 
-  // After finish_step: the tokens that were sampled, or the end of a sequence.
+  // After finish_step: the tokens that were sampled, or the end of a sequence. keep: its K/V are
+  // good for others.
   void append(std::span<const int64_t> ids, std::span<const int32_t> tokens);
-  void finish(int64_t id);
+  void finish(int64_t id, bool keep = true);
+  // Between steps: gives up what finished sequences have left, also those cancelled by now.
+  void drop_kept();
 
   // [done, stages]: how often each token that the model has done went through each stage; none of
   // a sequence that has not been taken in yet, or has finished.
@@ -79,20 +86,24 @@ class Scheduler {
   const Counters& counters() const { return counters_; }
   int32_t num_running() const { return static_cast<int32_t>(running_.size()); }
   int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
+  int32_t num_kept() const { return static_cast<int32_t>(kept_.all().size()); }
   int32_t num_slots_free() const { return static_cast<int32_t>(slots_.size()); }
 
-  // Throws std::logic_error if users of blocks are not those that lanes name, or a slot is lost.
+  // Throws std::logic_error if users of blocks are not those that lanes name, if a slot is lost, or
+  // if what is kept is not what its tokens have.
   void check() const;
 
  private:
   struct Match {
-    const Sequence* parent = nullptr;
+    Sequence* parent = nullptr;
     int32_t tokens = 0;  // that the parent has done and the sequence can take over
     bool grows = false;  // whether it pays to wait for more
   };
 
   void take_in();
+  // Without, and with those of kept sequences.
   int32_t blocks_left() const { return pool_.num_free() - reserved_; }
+  int32_t blocks_to_be_had() const { return blocks_left() + pool_.num_kept(); }
   int32_t slots_left() const { return static_cast<int32_t>(slots_.size()) - entering_; }
   bool reserve(Sequence& sequence, int32_t begin);
   void unreserve(Sequence& sequence);
@@ -107,10 +118,13 @@ class Scheduler {
   void withdraw(Sequence& sequence);
   void begin_units();
   void count_entries(const Sequence& sequence, const Unit& unit);
+  void check_blocks() const;
+  void check_kept() const;
 
   const Layout layout_;
   const Limits limits_;
   BlockPool pool_;
+  KeptSequences kept_;
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<Sequence*> running_;  // by rank
   std::map<Rank, Sequence*> waiting_;

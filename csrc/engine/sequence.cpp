@@ -56,11 +56,9 @@ int32_t Sequence::blocks_for_step(const Layout& layout, const BlockPool& pool,
   return blocks;
 }
 
-void Sequence::share_prefix(const Sequence& parent, int32_t count, const Layout& layout,
-                            BlockPool& pool) {
-  const int32_t stages = layout.num_stages();
-  std::copy_n(parent.depth.begin(), static_cast<size_t>(count) * stages, depth.begin());
+std::vector<int32_t> Sequence::entries_of(int32_t count, const Layout& layout) const {
   std::vector<int32_t> entries(lanes.size(), 0);
+  const int32_t stages = layout.num_stages();
   for (int32_t i = 0; i < count * stages; ++i) {
     const int32_t stage = i % stages;
     const int32_t in = layout.lanes_of_depth(stage, depth[i]);
@@ -68,10 +66,28 @@ void Sequence::share_prefix(const Sequence& parent, int32_t count, const Layout&
       ++entries[layout.lane(stage, d)];
     }
   }
+  return entries;
+}
+
+void Sequence::share_prefix(const Sequence& parent, int32_t count, const Layout& layout,
+                            BlockPool& pool) {
+  std::copy_n(parent.depth.begin(), static_cast<size_t>(count) * layout.num_stages(),
+              depth.begin());
+  const std::vector<int32_t> entries = parent.entries_of(count, layout);
   for (size_t lane = 0; lane < lanes.size(); ++lane) {
     lanes[lane] = parent.lanes[lane].prefix(pool, entries[lane]);
   }
   entered = done = count;
+}
+
+void Sequence::keep(const Layout& layout, BlockPool& pool) {
+  units.clear();
+  tokens.resize(done);
+  depth.resize(static_cast<size_t>(done) * layout.num_stages());
+  const std::vector<int32_t> entries = entries_of(done, layout);
+  for (size_t lane = 0; lane < lanes.size(); ++lane) {
+    lanes[lane].keep(pool, entries[lane]);
+  }
 }
 
 void Sequence::restart(BlockPool& pool) {

@@ -58,8 +58,13 @@ struct Sequence {
 
   // Blocks that the units take at most in a step in which so many more tokens begin.
   int32_t blocks_for_step(const Layout& layout, const BlockPool& pool, int32_t begin) const;
+  // Entries that the first tokens, which are done, have in each lane.
+  std::vector<int32_t> entries_of(int32_t count, const Layout& layout) const;
   // Takes over the first tokens of another sequence, which are done there and the same here.
   void share_prefix(const Sequence& parent, int32_t count, const Layout& layout, BlockPool& pool);
+  // Cuts it to what is done, and that is kept. The slots of units are the caller's to take back
+  // before.
+  void keep(const Layout& layout, BlockPool& pool);
   // Back to where nothing has begun. The slots of units are the caller's to take back before.
   void restart(BlockPool& pool);
 };

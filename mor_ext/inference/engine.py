@@ -35,7 +35,8 @@ class Statistics:
     running: int
     waiting: int
     blocks: int
-    blocks_used: int
+    blocks_used: int  # by running requests
+    blocks_kept: int  # by finished ones alone; they make room when it is needed
     block_bytes: int
 
 
@@ -45,8 +46,11 @@ class Engine:
     A request's result does not depend on what else runs, but for rounding. Requests that cannot be
     served end with an error in their result; the others go on.
 
-    Requests that begin alike share the K/V of what they have in common while one of them runs, so
-    parallel samples are requests of the same prompt with different seeds.
+    Requests that begin alike share the K/V of what they have in common, so parallel samples are
+    requests of the same prompt with different seeds, and the next turn of a chat is a request whose
+    prompt begins with the one before and its answer. The K/V of finished requests stay until others
+    need the room, those used least recently going first. They are of the model as it was: call
+    ``forget`` when its weights or thresholds have changed.
 
     Args:
         model: any with a causal rule; it is put in evaluation mode. On a CPU its linear layers get
@@ -62,7 +66,7 @@ class Engine:
         depthwise: a token goes through one depth of a stage in a step, and shares the pass with
             tokens at other depths; False runs every token to its end in each step. None is True
             for models with one stage that recurs, where it keeps the batch full.
-        share_prefixes: whether requests take over what they have in common with running ones.
+        share_prefixes: whether requests take over what they have in common with others.
 
     Raises:
         ValueError: a model without a causal rule, or sizes out of range.
@@ -163,6 +167,10 @@ class Engine:
         self.scheduler.cancel(number)
         return request.result("cancelled", depth)
 
+    def forget(self) -> None:
+        """Drops the K/V kept of finished requests. Those of running ones stay."""
+        self.scheduler.drop_kept()
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
@@ -251,7 +259,7 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason, error: str | None) -> None:
         self.finished.append(request.result(reason, self._depth(request.number), error))
-        self.scheduler.finish(request.number)
+        self.scheduler.finish(request.number, error is None)  # NaN is not for others
         del self.requests[request.number]
 
     def _depth(self, number: int) -> list[int]:
@@ -316,6 +324,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         scheduler, counters = self.scheduler, self.scheduler.counters
+        blocks = scheduler.num_blocks
         return Statistics(
             steps=counters.steps,
             tokens=counters.tokens,
@@ -323,7 +332,8 @@ class Engine:
             preemptions=counters.preemptions,
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            blocks=scheduler.num_blocks,
-            blocks_used=scheduler.num_blocks - scheduler.num_blocks_free,
+            blocks=blocks,
+            blocks_used=blocks - scheduler.num_blocks_free - scheduler.num_blocks_kept,
+            blocks_kept=scheduler.num_blocks_kept,
             block_bytes=self.block_bytes,
         )
