@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from mor_ext._engine import BLOCK_SIZE, Scheduler
+from mor_ext.inference.graphs import CudaGraphs
 from mor_ext.inference.pool import KVPool
 from mor_ext.inference.progress import progress_bar
+from mor_ext.inference.recorded import RecordedWalk
 from mor_ext.inference.request import FinishReason, Request, Result, Token
 from mor_ext.inference.sampling import SamplingParams, sample
 from mor_ext.inference.walk import Walk
@@ -67,6 +69,9 @@ class Engine:
             tokens at other depths; False runs every token to its end in each step. None is True
             for models with one stage that recurs, where it keeps the batch full.
         share_prefixes: whether requests take over what they have in common with others.
+        cuda_graphs: on CUDA, whether passes are padded to a few sizes, and each recorded when it
+            first comes and replayed from then on. False for :func:`mor_ext.set_debug`, whose
+            checks wait for the device.
 
     Raises:
         ValueError: a model without a causal rule, or sizes out of range.
@@ -83,6 +88,7 @@ class Engine:
         token_budget: int | None = None,
         depthwise: bool | None = None,
         share_prefixes: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         if not model.causal:
             raise ValueError("model must have a causal rule, got causal_rule 'none'")
@@ -107,7 +113,11 @@ class Engine:
             stages, config.kv_strategy, num_blocks, max_batch, budget, depthwise, share_prefixes
         )
         self.pool = KVPool(config, num_blocks, weight)
-        self.walk = Walk(model, self.scheduler, self.pool, budget, depthwise)
+        walk = (model, self.scheduler, self.pool, budget, depthwise)
+        if weight.is_cuda and cuda_graphs:
+            self.walk: Walk = RecordedWalk(*walk, CudaGraphs(weight.device))
+        else:
+            self.walk = Walk(*walk)
         eos = config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.requests: dict[int, Request] = {}  # that have not finished
@@ -170,6 +180,7 @@ class Engine:
     def forget(self) -> None:
         """Drops the K/V kept of finished requests. Those of running ones stay."""
         self.scheduler.drop_kept()
+        self.walk.forget()
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mor_ext.inference.arrays import column, integers
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -85,7 +87,7 @@ def sample(
     tokens = shaped.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = integers(drawn, logits.device)
         chosen = draw(shaped[rows], [params[i] for i in drawn], [uniform[i] for i in drawn])
         tokens[rows] = chosen
     both = torch.stack([tokens, invalid.long()]).tolist()
@@ -105,7 +107,7 @@ def penalised(
         return logits
     logits = logits.clone()
     for i in rows:
-        index = torch.tensor(sorted(set(seen[i])), device=logits.device)
+        index = integers(sorted(set(seen[i])), logits.device)
         penalty = params[i].repetition_penalty
         old = logits[i, index]
         logits[i, index] = torch.where(old > 0, old / penalty, old * penalty)
@@ -123,15 +125,15 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[flo
         group = [i for i, p in enumerate(params) if (p.top_k > 0 or p.top_p < 1) == cut]
         if not group:
             continue
-        rows = torch.tensor(group, device=logits.device)
+        rows = integers(group, logits.device)
         weights = probabilities(logits[rows], [params[i].temperature for i in group])
         order = None
         if cut:
             weights, order = weights.sort(dim=-1, descending=True, stable=True)
             weights = cut_off(weights, [params[i] for i in group])
-        least = _column([params[i].min_p for i in group], weights)
+        least = column([params[i].min_p for i in group], weights)
         weights = weights.masked_fill(weights < least * weights.amax(dim=-1, keepdim=True), 0)
-        picked = invert(weights, _column([uniform[i] for i in group], weights))
+        picked = invert(weights, column([uniform[i] for i in group], weights))
         result[rows] = (picked if order is None else order.gather(1, picked)).squeeze(1)
     return result
 
@@ -139,17 +141,17 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniform: Sequence[flo
 def probabilities(logits: Tensor, temperature: Sequence[float]) -> Tensor:
     """The largest logit is taken off first: small temperatures overflow nothing."""
     shifted = logits - logits.amax(dim=-1, keepdim=True)
-    return (shifted / _column(temperature, logits)).softmax(dim=-1)
+    return (shifted / column(temperature, logits)).softmax(dim=-1)
 
 
 def cut_off(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Zeros in descending weights ``[n, vocab_size]`` where top-k or top-p end."""
     vocab = weights.shape[-1]
     rank = torch.arange(vocab, device=weights.device)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=weights.device).unsqueeze(1)
+    top_k = integers([p.top_k or vocab for p in params], weights.device).unsqueeze(1)
     weights = weights.masked_fill(rank >= top_k, 0)
     before = weights.cumsum(dim=-1) - weights
-    top_p = _column([p.top_p for p in params], weights)
+    top_p = column([p.top_p for p in params], weights)
     # A top-p of 1 is off: rounding must not cut the tail.
     return weights.masked_fill((before >= top_p * weights.sum(-1, keepdim=True)) & (top_p < 1), 0)
 
@@ -169,7 +171,3 @@ def add_logprobs(result: Sampled, logits: Tensor, tokens: Tensor, most: int) -> 
     values, index = logprobs.topk(most, dim=-1)
     pairs = zip(index.tolist(), values.tolist(), strict=True)
     result.top = [dict(zip(i, v, strict=True)) for i, v in pairs]
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)

@@ -53,10 +53,7 @@ class Block(nn.Module):
         Tokens that the view calls exited leave every layer their K/V, from their rows of hidden.
         """
         if isinstance(view, KeepingView) and view.exited is not None:
-            assert view.exited.index is not None
-            for layer in self.layers:
-                assert isinstance(layer, Layer)
-                layer.leave(hidden, view.exited.index, view)
+            self.leave(hidden, view)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, view, index, use_reentrant=False)
@@ -64,3 +61,9 @@ class Block(nn.Module):
                 hidden = layer(hidden, view, index)
             index = None
         return hidden  # [k, hidden_size]
+
+    def leave(self, hidden: Tensor, view: KeepingView) -> None:
+        assert view.exited is not None and view.exited.index is not None
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.leave(hidden, view.exited.index, view)

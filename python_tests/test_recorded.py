@@ -1,0 +1,274 @@
+"""Passes of fixed shapes, recorded and replayed: the same as passes of just the rows there are."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Backend, use_backend
+from test_engine import GREEDY, VOCAB, assert_like_the_model, prompts_of, run_to_end
+from test_host_copies import host_copies
+from test_models import VARIANTS, small
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mor_ext.inference import Engine, SamplingParams
+from mor_ext.inference.graphs import Buffers, CudaGraphs, padded
+from mor_ext.inference.recorded import FixedPass, RecordedWalk
+from mor_ext.models import MoRForCausalLM
+from mor_ext.models.config import CHOICES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: the same ops on the same tensors with the same numbers, and
+    nothing of the Python around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def on_tape(work: Callable[[], Any]) -> Callable[[], Any]:
+    work()
+    with Tape() as tape:
+        result = work()
+
+    def replay() -> Any:
+        tape.replay()
+        return result
+
+    return replay
+
+
+def recorded_engine(model: MoRForCausalLM, record: Any = on_tape, **options: Any) -> Engine:
+    engine = Engine(model, **options)
+    walk = engine.walk
+    slots = len(walk.hidden)
+    engine.walk = RecordedWalk(model, engine.scheduler, engine.pool, slots, walk.depthwise, record)
+    return engine
+
+
+def test_a_tape_replays_on_new_data():
+    x, table = torch.ones(3), torch.zeros(4)
+
+    def work() -> Tensor:
+        table[1:].add_(x)
+        return (2 * x)[1:] + x.sum()
+
+    replay = on_tape(work)
+    assert table.tolist() == [0, 2, 2, 2]
+    x.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    assert replay().tolist() == [10, 12] and table.tolist() == [0, 3, 4, 5]
+
+
+def test_padded_sizes():
+    sizes = [padded(n) for n in range(1, 1025)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [
+        *(1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+    ]
+
+
+@pytest.mark.parametrize("sharing", ["middle_cycle", "sequence"])
+@pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
+def test_every_variant_at_random_times(routing, kv_strategy, sharing, seed):
+    model = small(routing, kv_strategy, sharing)
+    rng = random.Random(seed)
+    lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
+    engine = recorded_engine(
+        model,
+        max_batch=rng.randint(2, 5),
+        num_blocks=5 * lanes,
+        token_budget=rng.randint(6, 40),
+        depthwise=rng.choice([True, False]),
+    )
+    head = prompts_of(20)[0]
+    requests = prompts_of(1, 30, 7) + [head + tail for tail in prompts_of(1, 9, 12)]
+    results = {}
+    for prompt in requests:
+        engine.submit(prompt, SamplingParams(max_new_tokens=rng.randint(1, 20), **GREEDY))
+        for _ in range(rng.randint(0, 4)):
+            results |= {result.request: result for result in engine.step()}
+    results |= run_to_end(engine)
+    assert len(results) == len(requests)
+    for result in results.values():
+        assert_like_the_model(model, result)
+
+
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
+def test_recording_touches_nothing_that_is_in_use(kv_strategy, seed):
+    """Neither rows of tokens in flight nor blocks that the scheduler has."""
+    model = small("token_choice", kv_strategy)
+    engine = recorded_engine(model, max_batch=3, num_blocks=500, token_budget=40)
+    for prompt in prompts_of(5, 20, 30):
+        engine.submit(prompt, SamplingParams(max_new_tokens=4))
+    engine.step()
+    engine.step()
+    walk, pool = engine.walk, engine.pool
+    stage = walk.stages[1]
+    used = [walk.hidden[:40], *(table[:40] for table in stage.entered), stage.gate[:40]]
+    used += [pool.key[:-1], pool.value[:-1]]
+    before = [tensor.clone() for tensor in used]
+    assert any(tensor.any() for tensor in before)
+    with torch.inference_mode():
+        FixedPass(walk, stage, 24, 8, 24)
+    assert all(map(torch.equal, used, before))
+    assert walk.hidden[40:].any() and pool.key[-1].any()  # the spare ones
+
+
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
+def test_few_sizes_are_recorded_and_then_no_more(kv_strategy, seed):
+    model = small("expert_choice", kv_strategy)
+    engine = recorded_engine(model, max_batch=4, num_blocks=2000, token_budget=32)
+    prompts = prompts_of(*range(1, 30))
+    params = SamplingParams(max_new_tokens=20, temperature=0)
+    first = engine.generate(prompts, params, progress=False)
+    assert 0 < len(engine.walk.recorded) <= 3 * (8 + 2 * 8) + 3
+    recorded = dict(engine.walk.recorded)
+    second = engine.generate(prompts, params, progress=False)
+    assert [r.tokens for r in first] == [r.tokens for r in second]
+    assert all(engine.walk.recorded[key] is work for key, work in recorded.items())
+
+
+def test_thresholds_count_once_the_engine_forgets(seed):
+    model = small("expert_choice", "recursion_wise")
+    engine = recorded_engine(model, num_blocks=2000)
+    prompts = prompts_of(9, 20)
+    params = SamplingParams(max_new_tokens=6, **GREEDY)
+    engine.generate(prompts, params, progress=False)
+    for stage in model.recursions():
+        if hasattr(stage.router, "thresholds"):
+            stage.router.thresholds = (None, -1e9, -1e9)
+    engine.forget()
+    for result in engine.generate(prompts, params, progress=False):
+        assert set(result.depth) == {3}
+        assert_like_the_model(model, result)
+
+
+class BlockingCopies(torch.overrides.TorchFunctionMode):
+    """Copies to a device that the host would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        moves = func is Tensor.to and any(isinstance(x, torch.device) for x in args)
+        if (moves and not kwargs.get("non_blocking")) or (
+            func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        ):
+            self.seen.append(func.__name__)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {},
+        {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2},
+    ],
+)
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(
+    ("routing", "flags"), [("none", 0), ("expert_choice", 1), ("token_choice", 2)]
+)
+def test_a_step_waits_for_flags_and_tokens_only(routing, flags, recorded, params, seed):
+    model = small(routing, "recursion_wise")
+    make = recorded_engine if recorded else Engine
+    engine = make(model, max_batch=3, num_blocks=2000)
+    for prompt in prompts_of(3, 9, 20):
+        engine.submit(prompt, SamplingParams(max_new_tokens=40, **params))
+    for _ in range(20):
+        engine.step()
+    measured = 0
+    for _ in range(10):
+        sizes = len(engine.walk.recorded) if recorded else 0
+        with host_copies() as seen, BlockingCopies() as blocking:
+            engine.step()
+        if recorded and len(engine.walk.recorded) > sizes:
+            continue
+        measured += 1
+        assert blocking.seen == []
+        assert set(seen) <= {"cpu", "numpy", "tolist"}  # what is on the host is an array for free
+        assert seen.count("numpy") <= seen.count("cpu") <= flags
+        assert seen.count("tolist") <= 1
+    assert measured >= 5
+
+
+# ---- the CUDA kernels ----
+
+
+def results_of(make: Callable[..., Engine], model: MoRForCausalLM, prompts: Any) -> list[Any]:
+    engine = make(model, max_batch=3, num_blocks=400, token_budget=24)
+    params = SamplingParams(max_new_tokens=6, temperature=0, logprobs=1)
+    results = engine.generate(prompts, params, progress=False)
+    return [(r.tokens, r.depth, r.logprobs) for r in results]
+
+
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
+@pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
+def test_padding_on_the_cuda_kernels(routing, kv_strategy, seed, request):
+    model = narrow(routing, kv_strategy)
+    prompts = [torch.randperm(VOCAB)[:n].tolist() for n in (3, 11, 40)]  # equal tokens could tie
+    expected = results_of(Engine, model, prompts)
+    with use_backend(Backend.SIMT, request.config.getoption("simt_library")):
+        actual = results_of(recorded_engine, model, prompts)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
+@pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
+def test_graphs_on_a_gpu(routing, kv_strategy, seed, request):
+    model = narrow(routing, kv_strategy)
+    prompts = [torch.randperm(VOCAB)[:n].tolist() for n in (3, 11, 40)]
+    expected = results_of(Engine, model, prompts)
+    with use_backend(Backend.CUDA, request.config.getoption("simt_library")):
+        model = model.to("cuda")
+        assert isinstance(Engine(model).walk, RecordedWalk)
+        for graphs in (True, False):
+            actual = results_of(
+                lambda *a, g=graphs, **o: Engine(*a, cuda_graphs=g, **o), model, prompts
+            )
+            assert_close(actual, expected)
+
+
+def test_buffers_on_a_gpu_wait_before_they_are_written_again(seed, request):
+    with use_backend(Backend.CUDA, request.config.getoption("simt_library")):
+        device = torch.device("cuda")
+        buffers = Buffers({"x": (1 << 20,)}, device)
+        seen = []
+        replay = CudaGraphs(device)(lambda: buffers.device["x"].sum() * 1)
+        for turn in range(20):
+            buffers.wait()
+            buffers.host["x"][:] = turn
+            buffers.send()
+            seen.append(replay().clone())
+        assert [int(total) for total in seen] == [turn << 20 for turn in range(20)]
+
+
+def narrow(routing: str, kv_strategy: str) -> MoRForCausalLM:
+    return small(routing, kv_strategy).float()
+
+
+def assert_close(actual: list[Any], expected: list[Any]) -> None:
+    for (tokens, depth, logprobs), wanted in zip(actual, expected, strict=True):
+        assert tokens == wanted[0] and depth == wanted[1]
+        torch.testing.assert_close(logprobs, wanted[2], atol=1e-3, rtol=1e-3)
