@@ -1,6 +1,7 @@
 """Passes of fixed shapes, recorded and replayed: the same as passes of just the rows there are."""
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,11 @@ def on_tape(work: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def recorded_engine(model: MoRForCausalLM, record: Any = on_tape, **options: Any) -> Engine:
+def recorded_engine(model: MoRForCausalLM, **options: Any) -> Engine:
     engine = Engine(model, **options)
     walk = engine.walk
     slots = len(walk.hidden)
-    engine.walk = RecordedWalk(model, engine.scheduler, engine.pool, slots, walk.depthwise, record)
+    engine.walk = RecordedWalk(model, engine.scheduler, engine.pool, slots, walk.depthwise, on_tape)
     return engine
 
 
@@ -139,11 +140,11 @@ def test_few_sizes_are_recorded_and_then_no_more(kv_strategy, seed):
     prompts = prompts_of(*range(1, 30))
     params = SamplingParams(max_new_tokens=20, temperature=0)
     first = engine.generate(prompts, params, progress=False)
-    assert 0 < len(engine.walk.recorded) <= 3 * (8 + 2 * 8) + 3
-    recorded = dict(engine.walk.recorded)
+    assert 0 < len(engine.walk.works) <= 3 * (8 + 2 * 8) + 3
+    recorded = dict(engine.walk.works)
     second = engine.generate(prompts, params, progress=False)
     assert [r.tokens for r in first] == [r.tokens for r in second]
-    assert all(engine.walk.recorded[key] is work for key, work in recorded.items())
+    assert all(engine.walk.works[key] is work for key, work in recorded.items())
 
 
 def test_thresholds_count_once_the_engine_forgets(seed):
@@ -200,10 +201,10 @@ def test_a_step_waits_for_flags_and_tokens_only(routing, flags, recorded, params
         engine.step()
     measured = 0
     for _ in range(10):
-        sizes = len(engine.walk.recorded) if recorded else 0
+        sizes = len(engine.walk.works) if recorded else 0
         with host_copies() as seen, BlockingCopies() as blocking:
             engine.step()
-        if recorded and len(engine.walk.recorded) > sizes:
+        if recorded and len(engine.walk.works) > sizes:
             continue
         measured += 1
         assert blocking.seen == []
@@ -216,59 +217,63 @@ def test_a_step_waits_for_flags_and_tokens_only(routing, flags, recorded, params
 # ---- the CUDA kernels ----
 
 
-def results_of(make: Callable[..., Engine], model: MoRForCausalLM, prompts: Any) -> list[Any]:
-    engine = make(model, max_batch=3, num_blocks=400, token_budget=24)
+def results_of(engine: Engine, prompts: list[list[int]]) -> list[Any]:
     params = SamplingParams(max_new_tokens=6, temperature=0, logprobs=1)
     results = engine.generate(prompts, params, progress=False)
     return [(r.tokens, r.depth, r.logprobs) for r in results]
 
 
+@pytest.mark.parametrize("backend", [Backend.SIMT, Backend.CUDA], ids=lambda b: b.value)
 @pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
 @pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
-def test_padding_on_the_cuda_kernels(routing, kv_strategy, seed, request):
-    model = narrow(routing, kv_strategy)
+def test_results_are_those_of_plain_passes_on_the_cpu(routing, kv_strategy, backend, seed, request):
+    model = small(routing, kv_strategy).float()
     prompts = [torch.randperm(VOCAB)[:n].tolist() for n in (3, 11, 40)]  # equal tokens could tie
-    expected = results_of(Engine, model, prompts)
-    with use_backend(Backend.SIMT, request.config.getoption("simt_library")):
-        actual = results_of(recorded_engine, model, prompts)
-    assert_close(actual, expected)
+    sizes = {"max_batch": 3, "num_blocks": 400, "token_budget": 24}
+    expected = results_of(Engine(model, **sizes), prompts)
+    with use_backend(backend, request.config.getoption("simt_library")):
+        if backend == Backend.CUDA:
+            model = model.to("cuda")
+            engines = [Engine(model, **sizes), Engine(model, **sizes, cuda_graphs=False)]
+            assert [isinstance(engine.walk, RecordedWalk) for engine in engines] == [True, False]
+        else:
+            engines = [recorded_engine(model, **sizes)]
+        for engine in engines:
+            actual = results_of(engine, prompts)
+            for (tokens, depth, logprobs), wanted in zip(actual, expected, strict=True):
+                assert tokens == wanted[0] and depth == wanted[1]
+                torch.testing.assert_close(logprobs, wanted[2], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
-@pytest.mark.parametrize("routing", ["none", "expert_choice", "token_choice"])
-def test_graphs_on_a_gpu(routing, kv_strategy, seed, request):
-    model = narrow(routing, kv_strategy)
-    prompts = [torch.randperm(VOCAB)[:n].tolist() for n in (3, 11, 40)]
-    expected = results_of(Engine, model, prompts)
-    with use_backend(Backend.CUDA, request.config.getoption("simt_library")):
-        model = model.to("cuda")
-        assert isinstance(Engine(model).walk, RecordedWalk)
-        for graphs in (True, False):
-            actual = results_of(
-                lambda *a, g=graphs, **o: Engine(*a, cuda_graphs=g, **o), model, prompts
-            )
-            assert_close(actual, expected)
-
-
-def test_buffers_on_a_gpu_wait_before_they_are_written_again(seed, request):
+def test_cuda_buffers_are_not_written_before_they_have_been_sent(request):
     with use_backend(Backend.CUDA, request.config.getoption("simt_library")):
         device = torch.device("cuda")
         buffers = Buffers({"x": (1 << 20,)}, device)
-        seen = []
-        replay = CudaGraphs(device)(lambda: buffers.device["x"].sum() * 1)
+        replay = CudaGraphs(device)(lambda: buffers.device["x"].sum())
+        sums = []
         for turn in range(20):
             buffers.wait()
             buffers.host["x"][:] = turn
             buffers.send()
-            seen.append(replay().clone())
-        assert [int(total) for total in seen] == [turn << 20 for turn in range(20)]
+            sums.append(replay().clone())
+        assert [int(total) for total in sums] == [turn << 20 for turn in range(20)]
 
 
-def narrow(routing: str, kv_strategy: str) -> MoRForCausalLM:
-    return small(routing, kv_strategy).float()
-
-
-def assert_close(actual: list[Any], expected: list[Any]) -> None:
-    for (tokens, depth, logprobs), wanted in zip(actual, expected, strict=True):
-        assert tokens == wanted[0] and depth == wanted[1]
-        torch.testing.assert_close(logprobs, wanted[2], atol=1e-3, rtol=1e-3)
+def test_cuda_steps_wait_for_tokens_and_flags_only(seed, request):
+    with use_backend(Backend.CUDA, request.config.getoption("simt_library")):
+        model = small("expert_choice", "recursion_wise").float().to("cuda")
+        engine = Engine(model, max_batch=3, num_blocks=2000)
+        prompts = prompts_of(3, 9, 20)
+        params = SamplingParams(max_new_tokens=30, temperature=0)
+        engine.generate(prompts, params, progress=False)  # records every size
+        for prompt in prompts:
+            engine.submit(prompt, params)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(20):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    engine.step()
+                assert len([w for w in caught if "synchronizing" in str(w.message)]) <= 2
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

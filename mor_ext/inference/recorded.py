@@ -8,6 +8,7 @@ a group of its own whose lane is the spare block of the pool.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,13 @@ NONE = np.empty(0, dtype=np.int32)
 
 
 class RecordedWalk(Walk):
+    """A walk in fixed sizes.
+
+    Args:
+        slots: of tokens; as many more are for padding.
+        record: makes of work on tensors that stay where they are what does the same again.
+    """
+
     def __init__(
         self,
         model: MoRForCausalLM,
@@ -43,18 +51,21 @@ class RecordedWalk(Walk):
         super().__init__(model, scheduler, pool, slots + most, depthwise)
         self.record = record
         self.spare_slots = np.arange(slots, slots + most, dtype=np.int32)
-        self.recorded: dict[tuple[int, ...], FixedWork] = {}
+        self.works: dict[tuple[Any, ...], FixedWork] = {}
 
     def forget(self) -> None:
-        self.recorded.clear()
+        self.works.clear()
+
+    def _work(self, kind: Callable[..., FixedWork], *how: Any) -> FixedWork:
+        """Of a kind and a size, recorded when it is first asked for."""
+        key = (kind, *how)
+        if key not in self.works:
+            self.works[key] = kind(self, *how)
+        return self.works[key]
 
     def _enter(self, stage: Routed, entry: Entry) -> Flags | None:
         count = len(entry.rows)
-        size = padded(count)
-        key = (stage.number, size)
-        if key not in self.recorded:
-            self.recorded[key] = FixedEntry(self, stage, size)
-        keep = self.recorded[key](entry)
+        keep = self._work(FixedEntry, stage, padded(count))(entry)
         return flags([part_of(keep, slice(count))], [count])
 
     def _pass(self, stage: Routed, batch: Pass) -> Flags | None:
@@ -64,10 +75,7 @@ class RecordedWalk(Walk):
             return None
         size, pages = padded(len(batch.rows)), max(LEAST_PAGES, padded(batch.tables.shape[2]))
         longest = 1 if batch.longest == 1 else size
-        key = (stage.number, size, pages, longest)
-        if key not in self.recorded:
-            self.recorded[key] = FixedPass(self, stage, size, pages, longest)
-        keep = self.recorded[key](batch)  # by depth
+        keep = self._work(FixedPass, stage, size, pages, longest)(batch)  # by depth
         depths = depths_of(batch)
         parts = [part_of(keep[depth - 1], at) for depth, at in depths]
         return flags(parts, [at.stop - at.start for _, at in depths])
@@ -75,10 +83,7 @@ class RecordedWalk(Walk):
     def _logits(self, rows: Int32s) -> Tensor:
         if len(rows) == 0:
             return super()._logits(rows)
-        size = padded(len(rows))
-        if (size,) not in self.recorded:
-            self.recorded[size,] = FixedHead(self, size)
-        return self.recorded[size,](rows)[: len(rows)]
+        return self._work(FixedHead, padded(len(rows)))(rows)[: len(rows)]
 
 
 def part_of(keep: Tensor | bool, at: slice) -> Tensor | bool:
