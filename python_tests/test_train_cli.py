@@ -123,7 +123,8 @@ def test_a_killed_run_resumes_to_the_digit(model, config, tmp_path):
         assert torch.equal(tensor, states[1][name]), name
 
 
-def test_a_run_that_has_finished_resumes_without_a_step(config, tmp_path):
+def test_a_run_that_has_finished_resumes_without_a_step(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = config()
     assert main(["train", "--config", path]) == 0
     before, weights = losses(tmp_path / "out"), (tmp_path / "out/model.safetensors").read_bytes()
@@ -135,6 +136,7 @@ def test_a_run_that_has_finished_resumes_without_a_step(config, tmp_path):
     again = json.loads((tmp_path / "out/metrics.json").read_text())
     assert again["eval_nll"] == metrics["eval_nll"]
     assert (tmp_path / "out/index.html").exists()
+    assert not (tmp_path / "runs").exists() and (tmp_path / "out/runs/evaluation").exists()
 
 
 @pytest.fixture(scope="module")

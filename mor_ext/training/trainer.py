@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -114,6 +115,10 @@ class MoRTrainer(ShardedTrainer):
         """The model and the log of a checkpoint, to be evaluated."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = _state_of(checkpoint)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # It sets that when training begins, and else writes to where the process runs.
+                callback.logging_dir = f"{self.args.output_dir}/runs/evaluation"
 
     def compute_loss(
         self,
