@@ -57,6 +57,15 @@ def test_wanted_depth_is_reached(variant, windows, seed) -> None:
         assert getattr(setting, name) == pytest.approx(getattr(found.causal, name)), name
 
 
+@pytest.mark.parametrize("variant", ["sequence", "mixture_of_depths"])
+def test_blocks_that_depend_on_each_other(variant, windows, seed) -> None:
+    """Depth may follow what is asked for by far more or less than one to one."""
+    fields, wanted = VARIANTS[variant]
+    for _ in range(10):
+        setting = Calibration(small(**fields), windows, batch_size=16, limit=20).for_depth(wanted)
+        assert setting.depth == pytest.approx(wanted, abs=0.02)
+
+
 def test_saved_thresholds_hold_wherever_the_model_runs(windows, tmp_path, seed) -> None:
     model = small(num_recursions=3)
     model.save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -71,6 +71,7 @@ class Calibration:
         if not model.causal:
             raise ValueError("model must have a causal rule, got causal_rule 'none'")
         self.model = model.eval()
+        self.first = self.routers[0].thresholds
         self.windows, self.batch_size = windows, batch_size
         self.count = min(len(windows), limit or len(windows))
         self.capacity = self.routers[0].capacity  # the same in all
@@ -88,7 +89,8 @@ class Calibration:
         """Leaves the model with the thresholds found.
 
         The quantiles give what is wanted where one block recurs. Where several do, the logits in
-        one depend on who went deep in those before; then what was missed is asked for in addition.
+        one depend on who went deep in those before; then something else is asked for, by how
+        the depth has followed what was asked for before.
 
         Args:
             wanted: mean depth: passes through shared blocks.
@@ -100,20 +102,22 @@ class Calibration:
         if not low < wanted < high:
             raise ValueError(f"depth must be between {low} and {high}, got {wanted:g}")
         tried: list[Setting] = []
+        depth_of: dict[float, float] = {}  # by what was asked for
         aim = wanted
         while len(tried) < TRIES:
             self._choose(shares_of(self.capacity, (aim - self.always) / len(self.routers)))
             tried.append(self.measure(wanted))
-            missed = wanted - tried[-1].depth
-            if abs(missed) <= TOLERANCE:
+            depth_of[aim] = tried[-1].depth
+            if abs(wanted - tried[-1].depth) <= TOLERANCE:
                 break
-            aim = min(max(aim + missed, low + MARGIN), high - MARGIN)
+            aim = min(max(next_aim(aim, depth_of, wanted), low + MARGIN), high - MARGIN)
         best = min(tried, key=lambda setting: abs(setting.depth - wanted))
         self.model.set_thresholds(best.thresholds)
         return best
 
     def _choose(self, shares: Sequence[float]) -> None:
         """Thresholds under which these shares of all tokens go through each depth."""
+        self.model.set_thresholds(self.first)  # so that what is found depends on the shares alone
         thresholds: list[float | None] = [None] * len(shares)
         before = 1.0
         for depth, share in enumerate(shares):
@@ -169,6 +173,17 @@ class Calibration:
                 for name in ("input_ids", "labels")
             )
             yield score(self.model, ids, labels), sum(int(item["num_bytes"]) for item in items)
+
+
+def next_aim(last: float, depth_of: Mapping[float, float], wanted: float) -> float:
+    """Between the closest that fell short and that went too far, or, as long as there are not both,
+    by what the last one missed."""
+    closest = sorted(depth_of.items(), key=lambda tried: abs(tried[1] - wanted))
+    short = next((tried for tried in closest if tried[1] < wanted), None)
+    far = next((tried for tried in closest if tried[1] > wanted), None)
+    if short is None or far is None:
+        return last + wanted - depth_of[last]
+    return short[0] + (far[0] - short[0]) * (wanted - short[1]) / (far[1] - short[1])
 
 
 def shares_of(capacity: Sequence[float], total: float) -> list[float]:
