@@ -97,7 +97,12 @@ def test_vanilla_and_transformers_do_the_same(bench, sizes, seed) -> None:
     results = sorted(job.run(job.engine.step), key=lambda result: result.request)
     for prompt, new, result in zip(requests.prompts, requests.new, results, strict=True):
         expected = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),  # else zeros of the prompt are padding
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
         )
         assert prompt + result.tokens == expected[0].tolist()
 
