@@ -1,6 +1,9 @@
 """The engine gives what the whole model gives, in whatever company, order and room."""
 
+import ctypes
+import gc
 import random
+import sys
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from test_models import VARIANTS, small
 from torch import Tensor
 
 from mor_ext.inference import Engine, Result, SamplingParams
+from mor_ext.inference.request import Request
 from mor_ext.models import MoRForCausalLM
 from mor_ext.models.config import CHOICES
 
@@ -232,15 +236,16 @@ def kv_blocks(model: MoRForCausalLM, sequences: list) -> int:
     return blocks
 
 
-def test_ten_thousand_requests_leave_every_block_free(seed):
+def test_ten_thousand_requests_leave_every_block_free_and_memory_flat(seed):
     """A tenth of them cancelled at random moments."""
     model = small("expert_choice", "recursion_wise", "cycle", num_hidden_layers=3)
     rng = random.Random(seed)
     engine = Engine(model, max_batch=64, num_blocks=90, token_budget=128)
     finished, cancelled, submitted = 0, 0, 0
+    early = None
     while engine.busy or submitted < 10_000:
-        for _ in range(min(40, 10_000 - submitted)):
-            prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 6))]
+        for _ in range(min(200 - len(engine.requests), 10_000 - submitted)):
+            prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 6, 20]))]
             params = SamplingParams(max_new_tokens=rng.randint(1, 3), temperature=0)
             number = engine.submit(prompt, params)
             submitted += 1
@@ -252,7 +257,33 @@ def test_ten_thousand_requests_leave_every_block_free(seed):
         results = engine.step()
         assert all(result.error is None for result in results)
         finished += len(results)
+        if early is None and finished > 3000:  # what grows to a size has done so
+            early = memory_in_use()
+    del result, results
     run_to_end(engine)
+    allocated, objects = (
+        late - before for late, before in zip(memory_in_use(), early, strict=True)
+    )
+    assert allocated < 1e6 and objects < 5_000
     assert finished + cancelled == 10_000 and cancelled > 500
+    assert engine.scheduler.counters.evictions > 0
     assert engine.requests == {} and engine.finished == []
     assert engine.scheduler.num_slots_free == 128
+    assert not [x for x in gc.get_objects() if type(x) in (Request, Result)]
+
+
+class Mallinfo(ctypes.Structure):
+    """mallinfo2 of glibc 2.33 and later."""
+
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = tuple((name, ctypes.c_size_t) for name in names.split())
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes that malloc has given out, and small objects of Python, which come from elsewhere. What
+    the system counts as the process's own includes what was freed."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo
+    info = libc.mallinfo2()
+    return info.hblkhd + info.uordblks, sys.getallocatedblocks()
