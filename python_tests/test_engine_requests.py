@@ -159,6 +159,21 @@ def test_a_cancelled_request_keeps_what_it_has(engine):
     assert engine.statistics().blocks_used == 0
 
 
+def test_a_request_cancelled_while_it_waits_again_has_its_tokens_and_no_depths(seed):
+    model = small("none", "recursion_wise")
+    lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
+    engine = Engine(model, max_batch=2, num_blocks=3 * lanes)
+    first, second = (engine.submit([i], greedy(32)) for i in (1, 2))
+    while engine.statistics().preemptions == 0:
+        engine.step()
+    tokens = list(engine.requests[second].tokens)
+    result = engine.cancel(second)
+    assert result.tokens == tokens != [] and result.depth == []
+    while engine.busy:
+        results = engine.step()
+    assert results[0].request == first and len(results[0].tokens) == 32
+
+
 def test_priorities_go_first(seed):
     model = small("none", "shared")
     engine = Engine(model, max_batch=1, num_blocks=400, token_budget=8)

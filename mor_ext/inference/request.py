@@ -32,7 +32,8 @@ class Result:
         tokens: the continuation, a stop token included, what a stop string has ended not cut.
         text: the continuation without the stop token or string; None without a tokenizer.
         depth: how many passes through shared blocks each token took, of the prompt and of the
-            continuation but its last token, which the model has not seen.
+            continuation but its last token, which the model has not seen. Of a cancelled request
+            only what the model had done by then: nothing if it waited, or waited again.
         logprobs, top_logprobs: if asked for, of the tokens, and of the most likely ones.
         seconds, first_token_seconds: since the submission.
     """
