@@ -1,5 +1,6 @@
 """Causal generation that skips what a token's router says to skip."""
 
+from mor_ext.inference.beam import Beam, beam_search
 from mor_ext.inference.cache import PagedKV
 from mor_ext.inference.engine import Engine, Statistics
 from mor_ext.inference.generate import Generated, generate
@@ -7,6 +8,7 @@ from mor_ext.inference.request import Result, Token
 from mor_ext.inference.sampling import SamplingParams
 
 __all__ = [
+    "Beam",
     "Engine",
     "Generated",
     "PagedKV",
@@ -14,5 +16,6 @@ __all__ = [
     "SamplingParams",
     "Statistics",
     "Token",
+    "beam_search",
     "generate",
 ]

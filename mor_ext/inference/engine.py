@@ -141,8 +141,8 @@ class Engine:
         ids: list[int] = []
         error = None
         try:
-            ids = self._encode(prompt)
-            params = self._checked(ids, params)
+            ids = self.encoded(prompt)
+            params = self.checked(ids, params)
         except ValueError as problem:
             error = str(problem)
         request = Request(
@@ -182,7 +182,8 @@ class Engine:
         self.scheduler.drop_kept()
         self.walk.forget()
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encoded(self, prompt: Prompt) -> list[int]:
+        """Its tokens; raises ValueError for a string if there is no tokenizer."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
@@ -191,7 +192,7 @@ class Engine:
             )
         return list(self.tokenizer.encode(prompt))
 
-    def _checked(self, ids: list[int], params: SamplingParams) -> SamplingParams:
+    def checked(self, ids: list[int], params: SamplingParams) -> SamplingParams:
         """With max_new_tokens settled; raises ValueError if the request cannot be served."""
         vocab, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
         if not ids:
