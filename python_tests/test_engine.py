@@ -56,6 +56,21 @@ def assert_like_the_model(model: MoRForCausalLM, result: Result, **tolerance) ->
         assert result.tokens == expected.argmax(-1).tolist()
 
 
+def serve_at_random_times(engine: Engine, model: MoRForCausalLM, rng: random.Random) -> None:
+    """Half of the prompts begin alike."""
+    head = prompts_of(20)[0]
+    requests = prompts_of(1, 30, 7) + [head + tail for tail in prompts_of(1, 9, 12)]
+    results = {}
+    for prompt in requests:
+        engine.submit(prompt, SamplingParams(max_new_tokens=rng.randint(1, 20), **GREEDY))
+        for _ in range(rng.randint(0, 4)):
+            results |= {result.request: result for result in engine.step()}
+    results |= run_to_end(engine)
+    assert len(results) == len(requests)
+    for result in results.values():
+        assert_like_the_model(model, result)
+
+
 @pytest.mark.parametrize("sharing", ["middle_cycle", "sequence"])
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
 def test_every_variant_in_a_small_pool_at_random_times(routing, kv_strategy, sharing, seed):
@@ -70,17 +85,7 @@ def test_every_variant_in_a_small_pool_at_random_times(routing, kv_strategy, sha
         token_budget=rng.randint(6, 20),
         depthwise=rng.choice([True, False]),
     )
-    head = prompts_of(20)[0]
-    requests = prompts_of(1, 30, 7) + [head + tail for tail in prompts_of(1, 9, 12)]
-    results = {}
-    for prompt in requests:
-        engine.submit(prompt, SamplingParams(max_new_tokens=rng.randint(1, 20), **GREEDY))
-        for _ in range(rng.randint(0, 4)):
-            results |= {result.request: result for result in engine.step()}
-    results |= run_to_end(engine)
-    assert len(results) == len(requests)
-    for result in results.values():
-        assert_like_the_model(model, result)
+    serve_at_random_times(engine, model, rng)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 16, 33, 200])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Backend, use_backend
-from test_engine import GREEDY, VOCAB, assert_like_the_model, prompts_of, run_to_end
+from test_engine import GREEDY, VOCAB, assert_like_the_model, prompts_of, serve_at_random_times
 from test_host_copies import host_copies
 from test_models import VARIANTS, small
 from torch import Tensor
@@ -99,17 +99,7 @@ def test_every_variant_at_random_times(routing, kv_strategy, sharing, seed):
         token_budget=rng.randint(6, 40),
         depthwise=rng.choice([True, False]),
     )
-    head = prompts_of(20)[0]
-    requests = prompts_of(1, 30, 7) + [head + tail for tail in prompts_of(1, 9, 12)]
-    results = {}
-    for prompt in requests:
-        engine.submit(prompt, SamplingParams(max_new_tokens=rng.randint(1, 20), **GREEDY))
-        for _ in range(rng.randint(0, 4)):
-            results |= {result.request: result for result in engine.step()}
-    results |= run_to_end(engine)
-    assert len(results) == len(requests)
-    for result in results.values():
-        assert_like_the_model(model, result)
+    serve_at_random_times(engine, model, rng)
 
 
 @pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])
