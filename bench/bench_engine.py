@@ -4,21 +4,26 @@ Tokens generated a second, of vanilla and MoR of the same unrolled depth in the 
 vanilla beside transformers' ``generate()``. Everything is in the time: prefill, writing K/V, first
 and last layers, head, sampling, scheduling. The jobs of a comparison take turns in one process, and
 a ratio is the median over rounds.
+
+With --device cuda the model is larger and in bf16, MoR runs at two numbers of requests at once, the
+second as many as there is memory for, and the results go to bench/results.
 """
 
 import argparse
 import json
 import os
-import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_models import commit, cpu
+from energy import Energy
+from engine_report import Found, engine_section, median_ratio
 from engine_work import (
     CAPACITY,
     NEW,
@@ -28,6 +33,7 @@ from engine_work import (
     Lengths,
     Requests,
     forced_mor,
+    largest_batch,
     random_tokens,
     requests_of,
     trained,
@@ -37,9 +43,11 @@ from engine_work import (
 )
 from models_worker import Sizes
 
+RESULTS = Path(__file__).parent / "results"
 BATCH = 32
+# The 360M of arXiv 2507.10524.
+LARGE = Sizes(BATCH, 512, 49152, 960, 2560, 32, 15, 5)
 VANILLA, MOR, SEQUENCE, THEIRS = "vanilla", "MoR", "MoR, sequence-wise", "transformers"
-Found = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,187 +55,190 @@ class Goal:
     what: str
     bound: float
     at_least: bool
-    measured: Callable[[Found], float]  # of a comparison
+    measure: Callable[[Found], float]
 
-    def met(self, found: Found) -> bool:
-        got = self.measured(found)
-        return got >= self.bound if self.at_least else got <= self.bound
-
-
-def faster(name: str, than: str) -> Callable[[Found], float]:
-    return lambda found: statistics.median(ratios(found, name, than))
+    def outcome(self, found: Found) -> dict[str, Any]:
+        measured = self.measure(found)
+        met = measured >= self.bound if self.at_least else measured <= self.bound
+        goal = {"what": self.what, "bound": self.bound, "at_least": self.at_least}
+        return {**goal, "measured": measured, "met": met}
 
 
-def share(name: str, fact: str, of: str) -> Callable[[Found], float]:
-    return lambda found: found[name]["facts"][fact] / found[of]["facts"][fact]
+def faster(name: str, than: str, bound: float) -> Goal:
+    return Goal(f"tokens/s, {name} / {than}", bound, True, lambda f: median_ratio(f, name, than))
 
 
-MOR_GOALS = [
-    Goal("tokens/s, MoR / vanilla", 1.25, True, faster(MOR, VANILLA)),
-    Goal("KV bytes a token, MoR / vanilla", 0.72, False, share(MOR, "kv_bytes", VANILLA)),
-    Goal("scheduler's share, MoR", 0.03, False, lambda f: f[MOR]["facts"]["scheduler_share"]),
-    Goal(
-        "scheduler's share, vanilla", 0.03, False, lambda f: f[VANILLA]["facts"]["scheduler_share"]
-    ),
-]
-FORCED = f"depths by the capacities {', '.join(f'{c:.3g}' for c in CAPACITY)}"
-TRAINED = "depths by a trained model's router"
-ONE, MIXED = "one request", f"{BATCH} requests of mixed length"
-GOALS = {
-    FORCED: MOR_GOALS,
-    TRAINED: MOR_GOALS[:1],
-    ONE: [Goal("tokens/s, vanilla / transformers", 1.0, True, faster(VANILLA, THEIRS))],
-    MIXED: [Goal("tokens/s, vanilla / transformers", 3.0, True, faster(VANILLA, THEIRS))],
-}
+def share_of_kv(found: Found) -> float:
+    return found[MOR]["facts"]["kv_bytes"] / found[VANILLA]["facts"]["kv_bytes"]
+
+
+def scheduling(name: str) -> Goal:
+    return Goal(
+        f"scheduler's share, {name}", 0.03, False, lambda f: f[name]["facts"]["scheduler_share"]
+    )
+
+
+def mor_goals(bound: float) -> list[Goal]:
+    kv = Goal("KV bytes a token, MoR / vanilla", 0.72, False, share_of_kv)
+    return [faster(MOR, VANILLA, bound), kv, scheduling(MOR), scheduling(VANILLA)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    sizes: Sizes
+    device: torch.device
+    dtype: torch.dtype
+    batches: tuple[int | None, ...]  # requests at once; None is as many as there is memory for
+    bounds: tuple[float, ...]  # MoR / vanilla, for each of the batches
+    rounds: int = 3
+    requests: int = 4  # for each that runs at once
+    prompt: Lengths = PROMPT
+    new: Lengths = NEW
+
+    @staticmethod
+    def on(device: torch.device) -> "Setting":
+        if device.type == "cuda":
+            return Setting(LARGE, device, torch.bfloat16, (BATCH, None), (1.33, 1.95))
+        sizes = Sizes(length=PROMPT.most + NEW.most)
+        return Setting(sizes, device, torch.float32, (BATCH,), (1.25,))
+
+    def placed(self, model: torch.nn.Module) -> Any:
+        return model.to(self.device, self.dtype).eval()
 
 
 # ---- measuring ----
 
 
-def measure(jobs: Mapping[str, Job], rounds: int) -> Found:
-    """Tokens and seconds of every round, by name; facts of the jobs that know some."""
+def measure(jobs: Mapping[str, Job], setting: Setting, energy: Energy) -> Found:
+    """Tokens, seconds and joules of every round, by name; facts of the jobs that know some."""
     found: Found = {}
     for name, job in jobs.items():  # each is warm from then on
         facts = job.facts() if isinstance(job, EngineJob) else job() and None
         found[name] = {"facts": facts, "turns": []}
     names = list(jobs)
-    for turn in range(rounds):
+    for turn in range(setting.rounds):
         first = turn % len(names)  # whatever comes before or after whom, not always the same
         for name in names[first:] + names[:first]:
-            wall, used = time.perf_counter(), time.process_time()
-            tokens = jobs[name]()
-            wall, used = time.perf_counter() - wall, time.process_time() - used
-            found[name]["turns"].append({"tokens": tokens, "seconds": wall, "cpu": used})
-        print(f"round {turn + 1} of {rounds}: {', '.join(names)}", file=sys.stderr)
+            found[name]["turns"].append(timed(jobs[name], setting.device, energy))
+        print(f"round {turn + 1} of {setting.rounds}: {', '.join(names)}", file=sys.stderr)
     return found
 
 
-def ratios(found: Found, name: str, than: str, clock: str = "seconds") -> list[float]:
-    """Of tokens a second, by round."""
-    mine, theirs = (
-        [turn["tokens"] / turn[clock] for turn in found[which]["turns"]] for which in (name, than)
-    )
-    return [a / b for a, b in zip(mine, theirs, strict=True)]
+def timed(job: Job, device: torch.device, energy: Energy) -> dict[str, Any]:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    joules, wall, used = energy.joules(), time.perf_counter(), time.process_time()
+    tokens = job()
+    wait()
+    wall, used = time.perf_counter() - wall, time.process_time() - used
+    if joules is not None:
+        joules = (energy.joules() or 0) - joules
+    return {"tokens": tokens, "seconds": wall, "cpu": used, "joules": joules}
 
 
 @torch.no_grad()
 def comparisons(
-    sizes: Sizes,
-    count: int,
-    rounds: int,
-    lengths: tuple[Lengths, Lengths],
-    own: tuple[Path, Path] | None,
-) -> dict[str, Found]:
+    setting: Setting, energy: Energy, own: tuple[Path, Path] | None
+) -> list[dict[str, Any]]:
     """own: folder of a trained model, and a text for its prompts."""
+    sizes, lengths = setting.sizes, (setting.prompt, setting.new)
     tokens = random_tokens(sizes)
-    vanilla, theirs = vanilla_and_llama(sizes)
-    requests = requests_of(count, tokens, *lengths)
-    found = {FORCED: measure(mor_jobs(forced_mor(sizes), vanilla, requests), rounds)}
+    vanilla, theirs = map(setting.placed, vanilla_and_llama(sizes))
+    mor = setting.placed(forced_mor(sizes))
+    result = []
+
+    def compare(title: str, jobs: Mapping[str, Job], goals: Iterable[Goal]) -> None:
+        found = measure(jobs, setting, energy)
+        outcomes = [goal.outcome(found) for goal in goals]
+        result.append({"title": title, "jobs": found, "goals": outcomes})
+
+    for batch, bound in zip(setting.batches, setting.bounds, strict=True):
+        size = largest_batch(vanilla, *lengths) if batch is None else batch
+        requests = requests_of(setting.requests * size, tokens, *lengths)
+        shares = ", ".join(f"{c:.3g}" for c in CAPACITY)
+        title = f"depths by the capacities {shares}, {size} at once"
+        compare(title, mor_jobs(mor, vanilla, requests, size), mor_goals(bound))
     if own is not None:
         model, text = trained(*own)
         room = model.config.max_position_embeddings
-        fitting = tuple(
-            Lengths(part.median, part.sigma, part.least, min(part.most, room // 2))
-            for part in lengths
-        )
-        jobs = mor_jobs(model, vanilla_like(model.config), requests_of(count, text, *fitting))
-        found[TRAINED] = measure(jobs, rounds)
-    middle = Requests([requests.prompts[0][:1] * lengths[0].median], [lengths[1].median])
+        fitting = [replace(part, most=min(part.most, room // 2)) for part in lengths]
+        requests = requests_of(setting.requests * BATCH, text, *fitting)
+        like = vanilla_like(model.config)
+        jobs = mor_jobs(setting.placed(model), setting.placed(like), requests, BATCH)
+        title = f"depths by a trained model's router, {BATCH} at once"
+        compare(title, jobs, [faster(MOR, VANILLA, setting.bounds[0])])
+    one = Requests([tokens[: setting.prompt.median]], [setting.new.median])
     mixed = requests_of(BATCH, tokens, *lengths)
-    for name, some in ((ONE, middle), (MIXED, mixed)):
-        mine = EngineJob(vanilla, some, BATCH, temperature=0)
-        found[name] = measure({VANILLA: mine, THEIRS: transformers_job(theirs, some)}, rounds)
-    return found
+    for title, requests, bound in (
+        ("one request", one, 1.0),
+        (f"{BATCH} requests of mixed length", mixed, 3.0),
+    ):
+        mine = EngineJob(vanilla, requests, BATCH, temperature=0)
+        jobs = {VANILLA: mine, THEIRS: transformers_job(theirs, requests)}
+        compare(title, jobs, [faster(VANILLA, THEIRS, bound)])
+    return result
 
 
-def mor_jobs(model: Any, vanilla: Any, requests: Requests) -> dict[str, Job]:
+def mor_jobs(model: Any, vanilla: Any, requests: Requests, batch: int) -> dict[str, Job]:
     models = {VANILLA: (vanilla, True), MOR: (model, True), SEQUENCE: (model, False)}
     return {
-        name: EngineJob(own, requests, BATCH, 1.0, steady=True, depthwise=depthwise)
+        name: EngineJob(own, requests, batch, 1.0, steady=True, depthwise=depthwise)
         for name, (own, depthwise) in models.items()
     }
 
 
-# ---- what follows ----
+# ---- conditions ----
 
 
-def table(found: dict[str, Found]) -> str:
-    header = ["", "", "tokens/s", "of the first (rounds)", "CPU time", "mean depth", "layers"]
-    header += ["KV a token", "blocks held a token", "scheduler"]
-    lines = [header, ["---"] * len(header)]
-    for title, group in found.items():
-        first = next(iter(group))
-        for name, entry in group.items():
-            speed = statistics.median(turn["tokens"] / turn["seconds"] for turn in entry["turns"])
-            by_round = ratios(group, name, first)
-            cpu_time = 1 / statistics.median(ratios(group, name, first, "cpu"))
-            facts = entry["facts"]
-            cells = [title if name == first else "", name, f"{speed:,.1f}"]
-            cells += [
-                f"{statistics.median(by_round):.3f} ({min(by_round):.2f} - {max(by_round):.2f})",
-                f"{cpu_time:.3f}",
-            ]
-            if facts:
-                cells += [
-                    f"{facts['depth']:.2f}",
-                    f"{facts['layers']:.2f}",
-                    f"{facts['kv_bytes'] / 1e3:.2f} kB",
-                    f"{facts['kv_bytes_held'] / 1e3:.2f} kB",
-                    f"{facts['scheduler_share']:.2%}",
-                ]
-            lines.append(cells + [""] * (len(header) - len(cells)))
-    goals = [["goal", "bound", "measured", "met"], ["---"] * 4]
-    for title, group in found.items():
-        for goal in GOALS[title]:
-            sign = ">=" if goal.at_least else "<="
-            met = "yes" if goal.met(group) else "**no**"
-            got = f"{goal.measured(group):.3g}"
-            goals.append([f"{goal.what}, {title}", f"{sign} {goal.bound:g}", got, met])
-    return "\n\n".join(
-        "\n".join("| " + " | ".join(line) + " |" for line in part) for part in (lines, goals)
-    )
-
-
-def conditions(sizes: Sizes, count: int, rounds: int, own: tuple[Path, Path] | None) -> str:
-    import transformers
-
-    import mor_ext
-
+def conditions(setting: Setting, energy: Energy, own: tuple[Path, Path] | None) -> list[str]:
+    sizes = setting.sizes
     size = (
         f"d {sizes.hidden_size}, ffn {sizes.intermediate_size}, {sizes.num_hidden_layers} unrolled "
         f"layers, {sizes.num_attention_heads}/{sizes.num_key_value_heads} heads, vocabulary "
-        f"{sizes.vocab_size}, fp32; MoR: middle-cycle, {len(CAPACITY)} recursions"
+        f"{sizes.vocab_size}, {str(setting.dtype).removeprefix('torch.')}, random weights; MoR: "
+        f"middle-cycle, {len(CAPACITY)} recursions"
     )
     work = (
-        f"{count} requests for {BATCH} places, sampled at temperature 1, until none waits, so that "
-        f"the batch is full all the time; beside transformers {BATCH} requests, greedy, until the "
-        f"last ends; log-normal lengths, prompts {PROMPT}, continuations {NEW}; one request: "
-        f"{PROMPT.median} and {NEW.median} tokens; prefill is part of the time; medians of "
-        f"{rounds} rounds in turns"
+        f"{setting.requests} requests for each place, sampled at temperature 1, until none waits, "
+        f"so that the batch is full all the time; beside transformers {BATCH} requests, greedy, "
+        f"until the last ends; log-normal lengths, prompts {setting.prompt}, continuations "
+        f"{setting.new}; one request: {setting.prompt.median} and {setting.new.median} tokens; "
+        f"prefill is part of the time; medians of {setting.rounds} rounds in turns"
     )
     theirs = (
         "transformers: generate() of LlamaForCausalLM with the same weights, SDPA, one batch "
         "padded on the left, until the longest ends; tokens beyond a request's length do not count"
     )
     model = "no trained model given" if own is None else f"trained model: {own[0].name}"
-    machine = (
+    lines = [size, work, theirs, model, machine(setting.device), commit()]
+    if setting.device.type == "cuda":
+        lines.append(f"energy: {energy.missing or 'by NVML, of the whole GPU'}")
+    return lines
+
+
+def machine(device: torch.device) -> str:
+    import transformers
+
+    import mor_ext
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, driver {driver}, CUDA {torch.version.cuda}, {versions}"
+    return (
         f"{cpu()}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY "
         f"{os.environ.get('OMP_WAIT_POLICY', 'default')}, load average {os.getloadavg()[0]:.1f} at "
-        f"the start; torch {torch.__version__}, transformers {transformers.__version__}, kernels "
-        f"{mor_ext.build_info()['cpu_isa']}"
+        f"the start; {versions}, kernels {mor_ext.build_info()['cpu_isa']}"
     )
-    return "\n".join(f"- {line}" for line in (size, work, theirs, model, machine, commit()))
-
-
-def engine_section(result: dict[str, Any]) -> str:
-    """The JSON of a run as Markdown."""
-    return f"{result['conditions']}\n\n{table(result['comparisons'])}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine end to end, as one table.")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=4 * BATCH)
+    parser.add_argument("--requests", type=int, default=4, help="for each that runs at once")
     parser.add_argument("--trained", type=Path, metavar="DIR", help="what `mor train` wrote")
     parser.add_argument("--text", type=Path, metavar="FILE", help="of whose end its prompts are")
     parser.add_argument("--json", type=Path, help="where the times of all rounds go")
@@ -235,14 +246,19 @@ def main() -> None:
     if (options.trained is None) != (options.text is None):
         parser.error("--trained and --text must be given together")
     own = None if options.trained is None else (options.trained, options.text)
-    sizes = Sizes(length=PROMPT.most + NEW.most)
-    setting = (sizes, options.requests, options.rounds)
-    described = conditions(*setting, own)
-    found = comparisons(*setting, (PROMPT, NEW), own)
-    result = {"conditions": described, "comparisons": found}
+    setting = Setting.on(options.device)
+    setting = replace(setting, rounds=options.rounds, requests=options.requests)
+    energy = Energy(setting.device)
+    described = conditions(setting, energy, own)
+    result = {"conditions": described, "sizes": asdict(setting.sizes)}
+    result["comparisons"] = comparisons(setting, energy, own)
     print(engine_section(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1))
+    path = options.json
+    if path is None and setting.device.type == "cuda":
+        path = RESULTS / f"engine-{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.json"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

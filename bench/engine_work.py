@@ -16,11 +16,13 @@ from transformers import LlamaForCausalLM
 
 from mor_ext._engine import BLOCK_SIZE
 from mor_ext.inference import Engine, Result, SamplingParams
+from mor_ext.inference.pool import KVPool
 from mor_ext.models import MoRConfig, MoRForCausalLM, from_llama
 from mor_ext.nn import ExpertChoiceRouter
 from mor_ext.nn.routers.controls import hashed
 
 CAPACITY = (1.0, 2 / 3, 1 / 3)
+FREE_FOR_KV = 0.25  # of a GPU's memory: three engines are there at a time, and activations
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,24 @@ def trained(folder: Path, text: Path) -> tuple[MoRForCausalLM, list[int]]:
     return model, tokenizer.encode(characters[-len(characters) // 4 :])
 
 
+def largest_batch(vanilla: MoRForCausalLM, prompt: Lengths, new: Lengths) -> int:
+    """Requests of the greatest length whose K/V fit into what a GPU has left."""
+    free, _ = torch.cuda.mem_get_info(vanilla.device)
+    config = vanilla.config
+    block_bytes = KVPool.block_bytes(config, vanilla.dtype)
+    request = pages_of(prompt.most + new.most) * config.num_hidden_layers * block_bytes
+    return power_of_two(int(FREE_FOR_KV * free) // request)
+
+
+def power_of_two(count: int) -> int:
+    """The greatest that is no more than count, which is at least 1."""
+    return 1 << (count.bit_length() - 1)
+
+
+def pages_of(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
+
+
 # ---- jobs ----
 
 Job = Callable[[], int]  # gives the tokens generated
@@ -149,9 +169,7 @@ class EngineJob:
     ) -> None:
         self.model, self.requests, self.steady = model, requests, steady
         lengths = map(len, requests.prompts)
-        pages = sorted(
-            -(-(p + n) // BLOCK_SIZE) for p, n in zip(lengths, requests.new, strict=True)
-        )
+        pages = sorted(pages_of(p + n) for p, n in zip(lengths, requests.new, strict=True))
         blocks = sum(pages[-batch:]) * model.config.num_hidden_layers  # what is needed at most
         # Every run computes its prompts anew.
         self.engine = Engine(
@@ -239,7 +257,7 @@ class Clocked:
 def transformers_job(model: LlamaForCausalLM, requests: Requests) -> Job:
     """``generate()`` of one batch: prompts are padded on the left, and it ends with the longest."""
     longest = max(map(len, requests.prompts))
-    ids = torch.zeros(len(requests.prompts), longest, dtype=torch.long)
+    ids = torch.zeros(len(requests.prompts), longest, dtype=torch.long, device=model.device)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(requests.prompts):
         ids[i, longest - len(prompt) :] = torch.tensor(prompt)

@@ -6,8 +6,9 @@
     python bench/gpu.py --dry-run                        # no GPU: every call once, no times
 
 It measures the ceilings (copy, matrix product), runs the tests on the GPU and small cases under
-compute-sanitizer, checks every benched result against fp64, times it beside PyTorch's, and writes
-one JSON file, to bench/results if it did everything, else to bench/out, and a table.
+compute-sanitizer, times the engine end to end (bench/bench_engine.py), checks every benched result
+against fp64, times it beside PyTorch's, and writes one JSON file, to bench/results if it did
+everything, else to bench/out, and a table.
 bench/report.py shows the files of bench/results.
 """
 
@@ -38,7 +39,7 @@ LIBRARY = ROOT / "mor_ext" / "libmor_ext.so"
 WORKER = BENCH / "gpu_worker.py"
 
 # Seconds that a stage may take, so that enough are left for the benches.
-BUILD_LIMIT, CEILINGS_LIMIT, TESTS_LIMIT, SANITIZER_LIMIT = 300, 60, 150, 60
+BUILD_LIMIT, CEILINGS_LIMIT, TESTS_LIMIT, SANITIZER_LIMIT, ENGINE_LIMIT = 300, 60, 150, 60, 180
 FATAL = 3  # as the worker has it
 
 
@@ -212,7 +213,7 @@ def tests(run_: Run) -> None:
     found_plugins = [name for name in plugins if importlib.util.find_spec(name)]
     options = [option for name in found_plugins for option in plugins[name]]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += [*options, "-k", "cuda", f"--junitxml={xml}", "python_tests"]
+    command += [*options, "-k", "cuda and not simt", f"--junitxml={xml}", "python_tests"]
     done = run(command, min(TESTS_LIMIT, run_.left()))
     found: dict[str, Any] = done.record()
     if xml.exists():
@@ -250,6 +251,19 @@ def sanitizer(run_: Run, cases: dict[int, Description]) -> None:
         print(done.output[-3000:].strip() if done.status else found["summary"])
 
 
+def engine(run_: Run) -> None:
+    """Whole models in the engine, in few rounds."""
+    say("the engine")
+    out = run_.scratch / "engine.json"
+    command = [sys.executable, BENCH / "bench_engine.py", "--device", "cuda", "--json", out]
+    command += ["--rounds", 2, "--requests", 2]
+    done = run(command, min(ENGINE_LIMIT, run_.left()))
+    run_.found["engine"] = done.record()
+    if out.exists():
+        run_.found["engine"] |= json.loads(out.read_text())
+    print(done.output[-6000:].strip())
+
+
 def benches(run_: Run, cases: dict[int, Description]) -> None:
     """In a worker; where one dies, a new one goes on with the next case."""
     say("benches")
@@ -284,6 +298,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", action="append", metavar="WORD", help="benches with it in a name")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--no-engine", action="store_true")
     parser.add_argument("--no-benches", action="store_true")
     parser.add_argument("--no-build", action="store_true", help="mor_ext is built already")
     parser.add_argument("--library", type=Path, help="a libmor_ext.so to use instead of building")
@@ -318,7 +333,8 @@ def main() -> None:
         sys.exit(run([sys.executable, WORKER, "dry-run", *chosen], 600, quiet=False).status or 0)
     if not said("nvidia-smi", "-L"):
         sys.exit("no NVIDIA GPU, says nvidia-smi -L; --dry-run needs none")
-    whole = not (options.only or options.no_tests or options.no_sanitizer or options.no_benches)
+    left_out = (options.no_tests, options.no_sanitizer, options.no_engine, options.no_benches)
+    whole = not (options.only or any(left_out))
     now = datetime.now(timezone.utc)
     out = (options.out or BENCH / ("results" if whole else "out")) / f"gpu-{now:%Y-%m-%d-%H%M}.json"
     with tempfile.TemporaryDirectory() as scratch:
@@ -335,6 +351,9 @@ def main() -> None:
             run_.save(out)
         if not options.no_sanitizer:
             sanitizer(run_, cases)
+            run_.save(out)
+        if not (options.no_engine or options.only):
+            engine(run_)
             run_.save(out)
         if not options.no_benches:
             benches(run_, cases)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engine_report import engine_section
+
 MATMUL = "bfloat16_matmul_tflop_s"  # of 16-bit work
 RESULTS = Path(__file__).parent / "results"
 NONE_YET = "no GPU results yet"
@@ -128,8 +130,12 @@ def conditions(found: Entry) -> list[str]:
 
 
 def summary(found: Entry) -> str:
-    """The conditions and a line a case."""
+    """The conditions, the engine, and a line a case; or, of bench_engine.py alone, that."""
+    if "ceilings" not in found:
+        return engine_section(found)
     parts = ["\n".join(f"- {line}" for line in conditions(found))]
+    if "comparisons" in found.get("engine", {}):
+        parts.append(engine_section(found["engine"]))
     if found.get("benchmarks"):
         parts.append(table(HEADER, list(map(row, found["benchmarks"]))))
     return "\n\n".join(parts)

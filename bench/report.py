@@ -13,8 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from bench_engine import engine_section
 from bench_models import models_section
+from engine_report import engine_section
 from gpu_report import gpu_section
 
 OURS = "mor"

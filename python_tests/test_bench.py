@@ -244,6 +244,39 @@ def test_gpu_results_are_judged(bench: Callable[[str], ModuleType], tmp_path: Pa
     assert rows[1][3] == "no time left"
 
 
+ENGINE_BENCH = """
+import json, sys
+assert sys.argv[1:3] == ["--device", "cuda"]
+turn = {"tokens": 30, "seconds": 2.0, "cpu": 1.0, "joules": 60.0}
+goal = {"what": "speed", "bound": 1.3, "at_least": True, "measured": 1.2, "met": False}
+jobs = {"vanilla": {"facts": None, "turns": [turn]}}
+found = {"comparisons": [{"title": "work", "jobs": jobs, "goals": [goal]}]}
+with open(sys.argv[sys.argv.index("--json") + 1], "w") as out:
+    json.dump({"conditions": ["the engine's machine"], **found}, out)
+"""
+
+
+def test_gpu_bench_times_the_engine(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, report = bench("gpu"), bench("gpu_report")
+    (tmp_path / "bench_engine.py").write_text(ENGINE_BENCH)
+    monkeypatch.setattr(gpu, "BENCH", tmp_path)
+    run = gpu.Run(gpu.argparse.Namespace(minutes=1), tmp_path, {})
+    gpu.engine(run)
+    assert run.found["engine"]["ok"]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "engine.json").rename(tmp_path / "results" / "engine-2000-01-01.json")
+    text = report.gpu_section(tmp_path / "results")
+    assert text.startswith("### engine-2000-01-01\n\n- the engine's machine\n")
+    assert "| work | vanilla | 15.0 | 1.000 (1.00 - 1.00) | 1.000 | 2 |" in text
+    assert "| speed, work | >= 1.3 | 1.2 | **no** |" in text
+    (tmp_path / "bench_engine.py").write_text("import nothing_like_that")
+    late = gpu.Run(gpu.argparse.Namespace(minutes=1), tmp_path, {})
+    gpu.engine(late)
+    assert not late.found["engine"]["ok"] and "comparisons" not in late.found["engine"]
+
+
 DYING_WORKER = """
 import json, sys
 _, mode, out, seconds, *cases = sys.argv

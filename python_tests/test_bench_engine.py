@@ -1,11 +1,14 @@
 """The engine's bench: what it compares is equal, what it counts is right, its table reads so."""
 
 import importlib
+import itertools
+import json
 import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +36,8 @@ def lengths(bench):
     return work.Lengths(8, 0.5, 2, 20), work.Lengths(6, 0.8, 2, 20)
 
 
-def test_whole_bench(bench, sizes, tmp_path, seed) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_bench(bench, sizes, dtype, tmp_path, monkeypatch, seed) -> None:
     """Small models through all of it, a trained one's router included."""
     module = bench("bench_engine")
     model = MoRForCausalLM(
@@ -45,20 +49,95 @@ def test_whole_bench(bench, sizes, tmp_path, seed) -> None:
     train_tokenizer("byte", [""]).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("some text to cut prompts from. " * 20)
     own = tmp_path / "model", tmp_path / "text.txt"
-    found = module.comparisons(sizes, 40, 2, lengths(bench), own)
-    assert list(found) == [module.FORCED, module.TRAINED, module.ONE, module.MIXED]
-    forced = found[module.FORCED]
-    assert forced["vanilla"]["facts"]["layers"] == 8
-    assert forced["vanilla"]["facts"]["kv_bytes"] == 8 * 2 * 2 * 8 * 4
-    for name, entry in forced.items():
-        assert len(entry["turns"]) == 2 and all(turn["tokens"] > 0 for turn in entry["turns"])
-        facts = entry["facts"]
-        assert 0 < facts["scheduler_share"] < 0.5
-        assert facts["kv_bytes_held"] >= facts["kv_bytes"], name
-    text = module.engine_section({"conditions": "here", "comparisons": found})
-    goals = [line for line in text.splitlines() if line.endswith(("| yes |", "| **no** |"))]
-    assert len(goals) == sum(map(len, module.GOALS.values())) == 7
-    assert sum("MoR, sequence-wise" in line for line in text.splitlines()) == 2
+    monkeypatch.setattr(module, "largest_batch", lambda *_: 4)
+    prompt, new = lengths(bench)
+    device = torch.device("cpu")
+    setting = module.Setting(
+        sizes, device, dtype, (32, None), (1.33, 1.95), 2, requests=2, prompt=prompt, new=new
+    )
+    energy = bench("energy").Energy(device)
+    found = module.comparisons(setting, energy, own)
+    assert len(found) == 5
+    assert [len(comparison["goals"]) for comparison in found] == [4, 4, 1, 1, 1]
+    for comparison in found[:2]:
+        vanilla = comparison["jobs"]["vanilla"]["facts"]
+        assert vanilla["layers"] == 8 and vanilla["kv_bytes"] == 8 * 2 * 2 * 8 * dtype.itemsize
+        for name, entry in comparison["jobs"].items():
+            assert len(entry["turns"]) == 2 and all(turn["tokens"] > 0 for turn in entry["turns"])
+            facts = entry["facts"]
+            assert 0 < facts["scheduler_share"] < 0.5
+            assert facts["kv_bytes_held"] >= facts["kv_bytes"], name
+    described = module.conditions(setting, energy, own)
+    result = json.loads(json.dumps({"conditions": described, "comparisons": found}))
+    text = bench("engine_report").engine_section(result)
+    assert sum(line.endswith(("| yes |", "| **no** |")) for line in text.splitlines()) == 11
+    assert sum("MoR, sequence-wise" in line for line in text.splitlines()) == 3
+    assert "J a token" not in text and f"{str(dtype)[6:]}, random weights" in text
+
+
+def test_settings_of_devices(bench) -> None:
+    module = bench("bench_engine")
+    cpu, cuda = (module.Setting.on(torch.device(name)) for name in ("cpu", "cuda"))
+    assert (cpu.dtype, cpu.batches, cpu.bounds) == (torch.float32, (32,), (1.25,))
+    assert (cuda.dtype, cuda.batches, cuda.bounds) == (torch.bfloat16, (32, None), (1.33, 1.95))
+    for setting in (cpu, cuda):
+        assert setting.sizes.length == setting.prompt.most + setting.new.most
+        layers = setting.sizes.num_hidden_layers
+        assert (layers - 2) % 3 == 0  # middle-cycle, 3 recursions
+
+
+def test_the_largest_batch_is_what_memory_holds(bench, sizes, monkeypatch) -> None:
+    work = bench("engine_work")
+    vanilla, _ = work.vanilla_and_llama(sizes)
+    request = 3 * 8 * 16 * 2 * 2 * 8 * 4  # pages, layers, entries, K and V, heads, head_dim, bytes
+    prompt, new = lengths(bench)  # at most 40 tokens
+    for requests, batch in ((1, 1), (63.9, 32), (64, 64), (5000, 4096)):
+        free = int(requests * request / work.FREE_FOR_KV)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free + 9, 0))
+        assert work.largest_batch(vanilla, prompt, new) == batch
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(**changed: Any) -> ModuleType:
+    """A stand-in for pynvml, of a GPU that uses 5 J between any two looks."""
+    module = ModuleType("pynvml")
+    counter = itertools.count(1000, 5000)
+    handles = {"GPU-a-b": "handle"}
+    functions = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": handles.__getitem__,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(counter),
+    }
+    vars(module).update(NVMLError=NVMLError, **functions | changed)
+    return module
+
+
+def test_energy_is_read_where_it_can_be(bench, monkeypatch) -> None:
+    energy, module = bench("energy").Energy, bench("bench_engine")
+    cuda = torch.device("cuda")
+    properties = SimpleNamespace(uuid="a-b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml())
+    meter = energy(cuda)
+    assert meter.missing is None
+    turn = module.timed(lambda: 10, cuda, meter)
+    assert turn["joules"] == 5 and turn["tokens"] == 10
+    report = bench("engine_report")
+    jobs = {"vanilla": {"facts": None, "turns": [turn, turn]}}
+    assert "| 0.5 |" in report.speeds([{"title": "some", "jobs": jobs}])
+
+    def refuse(*_: Any) -> None:
+        raise NVMLError("Not Supported")
+
+    monkeypatch.setitem(sys.modules, "pynvml", nvml(nvmlDeviceGetTotalEnergyConsumption=refuse))
+    assert (energy(cuda).missing, energy(cuda).joules()) == ("NVML: Not Supported", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert energy(cuda).missing == "nvidia-ml-py is not installed"
+    assert energy(torch.device("cpu")).missing == "no counter for cpu"
 
 
 def test_forced_depths_have_the_shares_of_the_capacities(bench, sizes, seed) -> None:
@@ -128,8 +207,8 @@ def test_ratios_are_judged(bench) -> None:
         module.VANILLA: entry([1.3, 6.5, 1.3]),
         module.MOR: entry([1.0, 5.0, 1.0], kv_bytes=73.0, scheduler_share=0.04),
     }
-    met = {goal.what: (goal.measured(found), goal.met(found)) for goal in module.MOR_GOALS}
-    assert met == {
+    outcomes = [goal.outcome(found) for goal in module.mor_goals(1.25)]
+    assert {o["what"]: (o["measured"], o["met"]) for o in outcomes} == {
         "tokens/s, MoR / vanilla": (pytest.approx(1.3), True),
         "KV bytes a token, MoR / vanilla": (pytest.approx(0.73), False),
         "scheduler's share, MoR": (0.04, False),
