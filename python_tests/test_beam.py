@@ -48,7 +48,8 @@ def assert_same(
     model: MoRForCausalLM, engine: Engine, prompt: list[int], beams: int, new: int, **options
 ) -> list[Beam]:
     sequences, scores = expected_of(model, prompt, beams, new, **options)
-    actual = beam_search(engine, prompt, beams, new, **options)
+    other = prompt_of(17)  # searched beside it
+    actual, _ = beam_search(engine, [prompt, other], beams, new, **options)
     penalty = options.get("length_penalty", 1.0)
     assert [beam.score(penalty) for beam in actual] == pytest.approx(scores, abs=1e-4)
     assert [beam.tokens for beam in actual] == sequences
@@ -76,7 +77,7 @@ def test_beams_are_those_of_transformers(routing, kv_strategy, beams, seed):
         if beams > 1:  # one is greedy there, which has no scores of sequences
             assert_same(model, engine, prompt_of(length), beams, 8)
         else:
-            (beam,) = beam_search(engine, prompt_of(length), 1, 8)
+            ((beam,),) = beam_search(engine, [prompt_of(length)], 1, 8)
             assert len(beam.tokens) == 8 or beam.stopped
     assert engine.statistics().blocks_used == 0
 
@@ -100,7 +101,7 @@ def test_beams_compute_each_token_once_and_share_what_they_have_in_common(seed):
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     engine = Engine(model, max_batch=4, num_blocks=4000)
     prompt, beams, new = prompt_of(40), 4, 10
-    beam_search(engine, prompt, beams, new)
+    beam_search(engine, [prompt], beams, new)
     statistics = engine.statistics()
     assert statistics.tokens == len(prompt) + beams * (new - 1)
     lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
@@ -135,9 +136,9 @@ def test_what_cannot_be_searched(seed):
         ("text", 2, 4, "prompt must be tokens for an engine without a tokenizer"),
     ]:
         with pytest.raises(ValueError, match=message):
-            beam_search(engine, prompt, beams, new)
+            beam_search(engine, [[1, 2], prompt], beams, new)
     with torch.no_grad():
         engine.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits must be numbers, got NaN"):
-        beam_search(engine, [1, 2, 3], 2, 4)
+        beam_search(engine, [[1, 2, 3]], 2, 4)
     assert not engine.busy
