@@ -12,6 +12,7 @@ import torch
 
 from mor_ext._engine import BLOCK_SIZE, Scheduler
 from mor_ext.inference.graphs import CudaGraphs
+from mor_ext.inference.lock import FairLock
 from mor_ext.inference.pool import KVPool
 from mor_ext.inference.progress import progress_bar
 from mor_ext.inference.recorded import RecordedWalk
@@ -52,7 +53,11 @@ class Engine:
     requests of the same prompt with different seeds, and the next turn of a chat is a request whose
     prompt begins with the one before and its answer. The K/V of finished requests stay until others
     need the room, those used least recently going first. They are of the model as it was: call
-    ``forget`` when its weights or thresholds have changed.
+    ``forget`` when its weights or thresholds have changed, while none runs.
+
+    Any thread may call it. One step runs at a time, and who waits comes before the next. ``step``
+    hands out whatever has finished, so it is for one loop of a server; ``generate`` and ``stream``
+    hand out their own.
 
     Args:
         model: any with a causal rule; it is put in evaluation mode. On a CPU its linear layers get
@@ -120,6 +125,7 @@ class Engine:
             self.walk = Walk(*walk)
         eos = config.eos_token_id
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
+        self.lock = FairLock()  # of all that follows
         self.requests: dict[int, Request] = {}  # that have not finished
         self.finished: list[Result] = []  # to be handed out
         self.submitted = 0
@@ -136,7 +142,15 @@ class Engine:
 
         priority: a request goes before those of one less that came up to 1000 steps earlier.
         """
-        number, self.submitted = self.submitted, self.submitted + 1
+        return self._queue(prompt, params, priority).number
+
+    def _queue(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        priority: int,
+        events: deque[Token] | None = None,
+    ) -> Request:
         params = params or SamplingParams()
         ids: list[int] = []
         error = None
@@ -145,19 +159,16 @@ class Engine:
             params = self.checked(ids, params)
         except ValueError as problem:
             error = str(problem)
-        request = Request(
-            number,
-            ids,
-            params,
-            self.tokenizer,
-            frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos),
-        )
-        if error is not None:
-            self.finished.append(request.result("error", [], error))
-        else:
-            self.requests[number] = request
-            self.scheduler.submit(number, np.array(ids, dtype=np.int32), priority)
-        return number
+        stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
+        with self.lock:
+            number, self.submitted = self.submitted, self.submitted + 1
+            request = Request(number, ids, params, self.tokenizer, stop, events=events)
+            if error is not None:
+                self.finished.append(request.result("error", [], error))
+            else:
+                self.requests[number] = request
+                self.scheduler.submit(number, np.array(ids, dtype=np.int32), priority)
+        return request
 
     def fork(self, number: int, params: SamplingParams | None = None, priority: int = 0) -> int:
         """A new request whose prompt is all that a running one has, and whose K/V it shares.
@@ -165,22 +176,26 @@ class Engine:
         Raises:
             KeyError: there is no such request, or it has finished.
         """
-        request = self.requests[number]
-        return self.submit([*request.prompt, *request.tokens], params, priority)
+        with self.lock:
+            request = self.requests[number]
+            tokens = [*request.prompt, *request.tokens]
+        return self.submit(tokens, params, priority)
 
     def cancel(self, number: int) -> Result | None:
         """Ends a request; its result so far, or None if it has finished."""
-        request = self.requests.pop(number, None)
-        if request is None:
-            return None
-        depth = self._depth(number)
-        self.scheduler.cancel(number)
+        with self.lock:
+            request = self.requests.pop(number, None)
+            if request is None:
+                return None
+            depth = self._depth(number)
+            self.scheduler.cancel(number)
         return request.result("cancelled", depth)
 
     def forget(self) -> None:
-        """Drops the K/V kept of finished requests. Those of running ones stay."""
-        self.scheduler.drop_kept()
-        self.walk.forget()
+        """Drops the K/V kept of finished requests, and graphs. The K/V of running ones stay."""
+        with self.lock:
+            self.scheduler.drop_kept()
+            self.walk.forget()
 
     def encoded(self, prompt: Prompt) -> list[int]:
         """Its tokens; raises ValueError for a string if there is no tokenizer."""
@@ -226,16 +241,18 @@ class Engine:
     def step(self) -> list[Result]:
         """One pass over the model's stages; the results of what has finished since the last."""
         self._advance()
-        results, self.finished = self.finished, []
+        with self.lock:
+            results, self.finished = self.finished, []
         return results
 
     @torch.inference_mode()
     def _advance(self) -> None:
-        if not self.scheduler.plan():
-            return
-        ids, logits = self.walk.step()
-        if ids:
-            self._take([self.requests[number] for number in ids], logits)
+        with self.lock:
+            if not self.scheduler.plan():
+                return
+            ids, logits = self.walk.step()
+            if ids:
+                self._take([self.requests[number] for number in ids], logits)
 
     def _take(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives every request its next token."""
@@ -302,8 +319,7 @@ class Engine:
                         return [results[number] for number in numbers]
                     self._advance()
         finally:  # if it is interrupted
-            for number in numbers:
-                self.cancel(number)
+            self._drop(numbers)
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
@@ -312,40 +328,46 @@ class Engine:
 
         Other requests go on meanwhile. Closing the generator cancels the request.
         """
-        number = self.submit(prompt, params, priority)
-        request = self.requests.get(number)
-        if request is not None:
-            request.events = deque()
+        events: deque[Token] = deque()
+        number = self._queue(prompt, params, priority, events).number
         try:
             while True:
                 results = self._collect({number})
-                while request is not None and request.events:
-                    yield request.events.popleft()
+                while events:
+                    yield events.popleft()
                 if results:
                     return results[0]
                 self._advance()
         finally:
+            self._drop([number])
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        """Whatever there is of requests that nobody waits for any more."""
+        for number in numbers:
             self.cancel(number)
+        self._collect(set(numbers))
 
     def _collect(self, numbers: set[int]) -> list[Result]:
         """Results of those of the requests that have finished, once."""
-        own = [result for result in self.finished if result.request in numbers]
-        if own:
-            self.finished = [r for r in self.finished if r.request not in numbers]
+        with self.lock:
+            own = [result for result in self.finished if result.request in numbers]
+            if own:
+                self.finished = [r for r in self.finished if r.request not in numbers]
         return own
 
     def statistics(self) -> Statistics:
-        scheduler, counters = self.scheduler, self.scheduler.counters
-        blocks = scheduler.num_blocks
-        return Statistics(
-            steps=counters.steps,
-            tokens=counters.tokens,
-            shared_tokens=counters.shared_tokens,
-            preemptions=counters.preemptions,
-            running=scheduler.num_running,
-            waiting=scheduler.num_waiting,
-            blocks=blocks,
-            blocks_used=blocks - scheduler.num_blocks_free - scheduler.num_blocks_kept,
-            blocks_kept=scheduler.num_blocks_kept,
-            block_bytes=self.block_bytes,
-        )
+        with self.lock:
+            scheduler, counters = self.scheduler, self.scheduler.counters
+            blocks, kept = scheduler.num_blocks, scheduler.num_blocks_kept
+            return Statistics(
+                steps=counters.steps,
+                tokens=counters.tokens,
+                shared_tokens=counters.shared_tokens,
+                preemptions=counters.preemptions,
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                blocks=blocks,
+                blocks_used=blocks - scheduler.num_blocks_free - kept,
+                blocks_kept=kept,
+                block_bytes=self.block_bytes,
+            )
