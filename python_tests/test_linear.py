@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from mor_ext.nn import Linear, PackedWeight
-from mor_ext.nn.linear import packable_dtypes
+from mor_ext.nn import linear as module
+from mor_ext.nn.linear import packable
 
-DTYPES = sorted(packable_dtypes(), key=str)
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.float64) if packable(dtype)]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def every_size_and_no_gradients(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_PACKED", 0)
     with torch.no_grad():
         yield
 
@@ -36,7 +38,17 @@ def assert_right(linear: Linear, x: Tensor, part=None) -> None:
 
 
 def test_there_is_something_to_test():
+    assert torch.float64 not in DTYPES
     assert torch.float32 in DTYPES or not torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.skipif(torch.float32 not in DTYPES, reason="no oneDNN")
+def test_small_weights_are_left_as_they_are(monkeypatch, seed):
+    monkeypatch.setattr(module, "LEAST_PACKED", 30 * 20)
+    for outputs, is_packed in ((30, True), (29, False)):
+        linear = packed(20, outputs)
+        assert_right(linear, torch.randn(4, 20))
+        assert bool(linear.packed.parts) == is_packed
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])  # the last is never packed

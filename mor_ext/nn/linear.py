@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Part = tuple[int, int]
+LEAST_PACKED = 1 << 17  # elements: of fewer the product takes less time than to ask oneDNN for it
 
 
 class Linear(nn.Linear):
@@ -37,7 +38,8 @@ class PackedWeight:
     Without it every call brings the weight into such an order anew, which for 16 rows takes as long
     as the product itself. The copy takes the weight's memory once more. It is made when it is first
     asked for, and again after the weight has changed; copies and pickles of this object start
-    without it. Where oneDNN has no kernel for the dtype, products take the weight as it is.
+    without it. Where oneDNN has no kernel for the dtype, and of small weights, products take the
+    weight as it is.
     """
 
     def __init__(self) -> None:
@@ -63,15 +65,16 @@ class PackedWeight:
 
 
 def can_pack(weight: Tensor) -> bool:
-    return weight.is_cpu and not weight.is_inference() and weight.dtype in packable_dtypes()
+    large = weight.numel() >= LEAST_PACKED
+    return large and weight.is_cpu and not weight.is_inference() and packable(weight.dtype)
 
 
 @cache
-def packable_dtypes() -> frozenset[torch.dtype]:
+def packable(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
-        return frozenset()
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return frozenset({torch.float32, torch.bfloat16} if bf16 else {torch.float32})
+        return False
+    bf16 = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or dtype == torch.float32
 
 
 def part_of(weight: Tensor, part: Part | None) -> Tensor:
