@@ -43,7 +43,8 @@ def beam_search(
     The rules are those of ``generate(num_beams=beams)`` of transformers. In each step every beam is
     a request of the engine for one token; it takes over the K/V of the beam that it continues, so
     that what beams have in common is there once, and nothing is computed twice but prompts of
-    fewer than 16 tokens. Other requests go on meanwhile.
+    fewer than 16 tokens. Other requests go on meanwhile; where requests wait for their turn, so
+    does each step of a beam.
 
     Args:
         early_stopping: True ends as soon as there are as many complete continuations as beams.
