@@ -163,7 +163,7 @@ class BlockingCopies(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         moves = func is Tensor.to and any(isinstance(x, torch.device) for x in args)
         if (moves and not kwargs.get("non_blocking")) or (
-            func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+            func in (torch.tensor, torch.as_tensor) and kwargs.get("device") not in (None, "cpu")
         ):
             self.seen.append(func.__name__)
         return func(*args, **kwargs)
@@ -202,6 +202,20 @@ def test_a_step_waits_for_flags_and_tokens_only(routing, flags, recorded, params
         assert seen.count("numpy") <= seen.count("cpu") <= flags
         assert seen.count("tolist") <= 1
     assert measured >= 5
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("routing", ["expert_choice", "token_choice", "action", "random"])
+def test_the_default_device_is_nobody_s_business(routing, recorded, seed):
+    model = small(routing, "frozen")
+    engine = (recorded_engine if recorded else Engine)(model, num_blocks=2000)
+    prompts = prompts_of(5, 20)
+    params = SamplingParams(max_new_tokens=5, seed=1, top_k=9, repetition_penalty=1.1, logprobs=2)
+    expected = engine.generate(prompts, params, progress=False)
+    engine.forget()
+    with torch.device("meta"):
+        actual = engine.generate(prompts, params, progress=False)
+    assert [r.tokens for r in actual] == [r.tokens for r in expected]
 
 
 # ---- the CUDA kernels ----

@@ -16,9 +16,11 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:
     """``[n, 1]``, of the dtype and on the device of another tensor."""
-    return torch.tensor(values, dtype=like.dtype).unsqueeze(1).to(like.device, non_blocking=True)
+    on_host = torch.tensor(values, dtype=like.dtype, device="cpu")
+    return on_host.unsqueeze(1).to(like.device, non_blocking=True)
 
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
     """int64 ``[n]``."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+    on_host = torch.tensor(values, dtype=torch.long, device="cpu")
+    return on_host.to(device, non_blocking=True)

@@ -47,7 +47,7 @@ class Buffers:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
         sizes = [math.prod(shape) for shape in shapes.values()]
         cuda = device.type == "cuda"
-        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=cuda)
+        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self.copy = torch.zeros_like(self.memory, device=device)
         self.sent = torch.cuda.Event() if cuda else None
         parts = self.memory.split(sizes), self.copy.split(sizes)
