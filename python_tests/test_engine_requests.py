@@ -159,6 +159,23 @@ def test_a_cancelled_request_keeps_what_it_has(engine):
     assert engine.statistics().blocks_used == 0
 
 
+def test_an_interrupted_call_leaves_nothing_behind(engine, monkeypatch):
+    """Not even the result of a request that has just ended."""
+    advance = engine._advance
+
+    def advance_and_interrupt() -> None:
+        advance()
+        if engine.finished:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_advance", advance_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(["hello", "there"], [greedy(2), greedy(9)], progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.stream("hello", greedy(2)))
+    assert engine.finished == [] and engine.requests == {} and not engine.busy
+
+
 def test_a_request_cancelled_while_it_waits_again_has_its_tokens_and_no_depths(seed):
     model = small("none", "recursion_wise")
     lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
