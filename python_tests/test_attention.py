@@ -133,6 +133,13 @@ def test_accuracy_at_tile_edges(dtype: torch.dtype, kind: str, seed: int) -> Non
     check(make(sized(EDGES, FEW_EDGES), 2, 1, 64, dtype, kind))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 224])
+def test_gradients_of_rows_that_see_few_keys(head_dim: int, seed: int) -> None:
+    """What is left there of two large numbers must not be their rounding errors."""
+    for _ in range(sized(20, 1)):
+        check(make([(19, 35), (7, 3)], 2, 1, head_dim, torch.float32, "random"))
+
+
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim: int, seed: int) -> None:
     dtype = backend_dtypes()[head_dim // 8 % len(backend_dtypes())]

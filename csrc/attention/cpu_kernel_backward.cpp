@@ -115,8 +115,7 @@ class BackwardTask {
     const Rows<Acc> query{query_, padded_}, grad_out{grad_out_, padded_};
     Gemm::template multiply<false>(rows, columns, p_.head_dim, query, operands.key_columns,
                                    weights_, kBlock);
-    Gemm::template multiply<false>(rows, columns, p_.head_dim, grad_out, operands.value_columns,
-                                   grad_scores_, kBlock);
+    multiply_in_short_sums(rows, columns, grad_out, operands.value_columns, grad_scores_);
     for (int64_t r = 0; r < rows; ++r) {
       softmax_row(r0 + r, columns, weights_ + r * kBlock, grad_scores_ + r * kBlock);
     }
@@ -131,6 +130,18 @@ class BackwardTask {
                                   {query_, padded_, Gemm::kPanel}, grad_key_, padded_);
     Gemm::template multiply<true>(rows, padded_, keys, {grad_scores_, kBlock}, operands.key_depth,
                                   grad_query_ + r0 * padded_, padded_);
+  }
+
+  // Where a row sees few keys, delta takes off most of the result, which leaves the rounding errors
+  // of both. They are smaller in sums of few terms.
+  void multiply_in_short_sums(int64_t rows, int64_t columns, Rows<Acc> a, Panels<Acc> b, Acc* c) {
+    constexpr int64_t kTerms = 32;
+    std::fill_n(c, rows * kBlock, Acc{0});
+    for (int64_t k = 0; k < p_.head_dim; k += kTerms) {
+      const Panels<Acc> part{b.data + k * b.row_stride, b.row_stride, b.panel_stride};
+      Gemm::template multiply<true>(rows, columns, std::min(kTerms, p_.head_dim - k),
+                                    {a.data + k, a.row_stride}, part, c, kBlock);
+    }
   }
 
   // scores -> weights exp(scale * score - lse); grad_weights -> weights * (grad_weights - delta),
