@@ -1,6 +1,8 @@
 """One engine, several threads."""
 
+import gc
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -69,6 +71,67 @@ def test_threads_get_what_each_would_get_alone(seed):
         assert found[i] == [result.tokens for result in results]
     engine.step()  # takes note of who was cancelled
     run_to_end(engine)
+
+
+def test_a_stream_that_is_garbage_is_closed_in_the_middle_of_a_step(seed, monkeypatch):
+    """Which holds the lock, as the collector may run at any line."""
+    engine = Engine(small("none", "shared"), num_blocks=400)
+    params = SamplingParams(max_new_tokens=20, temperature=0)
+    prompt, other = prompts_of(3, 4)
+    (alone,) = engine.generate([prompt], params, progress=False)
+    stream = engine.stream(other, params)
+    next(stream)
+    cycle = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    walk = engine.walk.step
+
+    def step():
+        gc.collect()
+        return walk()
+
+    monkeypatch.setattr(engine.walk, "step", step)
+    found = []
+    in_threads([lambda: found.extend(engine.generate([prompt], params, progress=False))])
+    assert [result.tokens for result in found] == [alone.tokens]
+    assert not engine.busy
+    run_to_end(engine)
+
+
+def test_an_interrupt_at_any_line_leaves_the_lock_to_its_thread():
+    lock = FairLock()
+
+    def interrupt(frame, event, argument):
+        nonlocal lines
+        if frame.f_code.co_filename != lock_file:
+            return None
+        if event == "line":
+            lines -= 1
+            if lines == 0:
+                raise KeyboardInterrupt
+        return interrupt
+
+    lock_file = FairLock.__enter__.__code__.co_filename
+
+    def take_and_give_back() -> None:
+        with lock:
+            pass
+
+    def interrupted() -> None:
+        nonlocal lines
+        for line in range(1, 6):
+            lines = line
+            sys.settrace(interrupt)
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    take_and_give_back()
+            finally:
+                sys.settrace(None)
+            take_and_give_back()
+            assert not lock.own
+
+    lines = 0
+    in_threads([interrupted])
 
 
 def test_who_waits_comes_before_the_next_step():

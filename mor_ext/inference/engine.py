@@ -129,6 +129,7 @@ class Engine:
         self.requests: dict[int, Request] = {}  # that have not finished
         self.finished: list[Result] = []  # to be handed out
         self.submitted = 0
+        self.dropped: deque[int] = deque()  # requests to be cancelled when the lock is free
 
     # ---- one request ----
 
@@ -248,11 +249,12 @@ class Engine:
     @torch.inference_mode()
     def _advance(self) -> None:
         with self.lock:
-            if not self.scheduler.plan():
-                return
-            ids, logits = self.walk.step()
-            if ids:
-                self._take([self.requests[number] for number in ids], logits)
+            if self.scheduler.plan():
+                ids, logits = self.walk.step()
+                if ids:
+                    self._take([self.requests[number] for number in ids], logits)
+        while self.dropped:
+            self._drop([self.dropped.popleft()])
 
     def _take(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives every request its next token."""
@@ -343,6 +345,9 @@ class Engine:
 
     def _drop(self, numbers: Sequence[int]) -> None:
         """Whatever there is of requests that nobody waits for any more."""
+        if self.lock.own:  # a stream that the garbage collector closes in the middle of a step
+            self.dropped.extend(numbers)
+            return
         for number in numbers:
             self.cancel(number)
         self._collect(set(numbers))
