@@ -129,7 +129,7 @@ class Engine:
         self.requests: dict[int, Request] = {}  # that have not finished
         self.finished: list[Result] = []  # to be handed out
         self.submitted = 0
-        self.dropped: deque[int] = deque()  # requests to be cancelled when the lock is free
+        self.dropped: list[int] = []  # requests to be cancelled when the lock is free
 
     # ---- one request ----
 
@@ -253,8 +253,9 @@ class Engine:
                 ids, logits = self.walk.step()
                 if ids:
                     self._take([self.requests[number] for number in ids], logits)
-        while self.dropped:
-            self._drop([self.dropped.popleft()])
+            dropped, self.dropped = self.dropped, []
+        if dropped:
+            self._drop(dropped)
 
     def _take(self, requests: list[Request], logits: torch.Tensor) -> None:
         """Gives every request its next token."""
