@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,28 +136,26 @@ def timed(job: Job, device: torch.device, energy: Energy) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": wall, "cpu": used, "joules": joules}
 
 
-@torch.no_grad()
 def comparisons(
     setting: Setting, energy: Energy, own: tuple[Path, Path] | None
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """own: folder of a trained model, and a text for its prompts."""
     sizes, lengths = setting.sizes, (setting.prompt, setting.new)
     tokens = random_tokens(sizes)
     vanilla, theirs = map(setting.placed, vanilla_and_llama(sizes))
     mor = setting.placed(forced_mor(sizes))
-    result = []
 
-    def compare(title: str, jobs: Mapping[str, Job], goals: Iterable[Goal]) -> None:
+    @torch.no_grad()
+    def compare(title: str, jobs: Mapping[str, Job], goals: Iterable[Goal]) -> dict[str, Any]:
         found = measure(jobs, setting, energy)
-        outcomes = [goal.outcome(found) for goal in goals]
-        result.append({"title": title, "jobs": found, "goals": outcomes})
+        return {"title": title, "jobs": found, "goals": [goal.outcome(found) for goal in goals]}
 
     for batch, bound in zip(setting.batches, setting.bounds, strict=True):
         size = largest_batch(vanilla, *lengths) if batch is None else batch
         requests = requests_of(setting.requests * size, tokens, *lengths)
         shares = ", ".join(f"{c:.3g}" for c in CAPACITY)
         title = f"depths by the capacities {shares}, {size} at once"
-        compare(title, mor_jobs(mor, vanilla, requests, size), mor_goals(bound))
+        yield compare(title, mor_jobs(mor, vanilla, requests, size), mor_goals(bound))
     if own is not None:
         model, text = trained(*own)
         room = model.config.max_position_embeddings
@@ -166,7 +164,7 @@ def comparisons(
         like = vanilla_like(model.config)
         jobs = mor_jobs(setting.placed(model), setting.placed(like), requests, BATCH)
         title = f"depths by a trained model's router, {BATCH} at once"
-        compare(title, jobs, [faster(MOR, VANILLA, setting.bounds[0])])
+        yield compare(title, jobs, [faster(MOR, VANILLA, setting.bounds[0])])
     one = Requests([tokens[: setting.prompt.median]], [setting.new.median])
     mixed = requests_of(BATCH, tokens, *lengths)
     for title, requests, bound in (
@@ -175,8 +173,7 @@ def comparisons(
     ):
         mine = EngineJob(vanilla, requests, BATCH, temperature=0)
         jobs = {VANILLA: mine, THEIRS: transformers_job(theirs, requests)}
-        compare(title, jobs, [faster(VANILLA, THEIRS, bound)])
-    return result
+        yield compare(title, jobs, [faster(VANILLA, THEIRS, bound)])
 
 
 def mor_jobs(model: Any, vanilla: Any, requests: Requests, batch: int) -> dict[str, Job]:
@@ -250,15 +247,17 @@ def main() -> None:
     setting = replace(setting, rounds=options.rounds, requests=options.requests)
     energy = Energy(setting.device)
     described = conditions(setting, energy, own)
-    result = {"conditions": described, "sizes": asdict(setting.sizes)}
-    result["comparisons"] = comparisons(setting, energy, own)
-    print(engine_section(result))
+    found: list[dict[str, Any]] = []
+    result = {"conditions": described, "sizes": asdict(setting.sizes), "comparisons": found}
     path = options.json
     if path is None and setting.device.type == "cuda":
         path = RESULTS / f"engine-{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.json"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1))
+    for comparison in comparisons(setting, energy, own):
+        found.append(comparison)
+        if path is not None:  # whole or not: it may be stopped at a time limit
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1))
+    print(engine_section(result))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_engine import STRATEGIES, VOCAB
 from test_models import small
+from transformers import LogitsProcessorList
 
 from mor_ext.inference import Beam, Engine, SamplingParams, beam_search
 from mor_ext.models import MoRForCausalLM
@@ -27,8 +28,14 @@ def expected_of(
     model: MoRForCausalLM, prompt: list[int], beams: int, new: int, **options
 ) -> tuple[list[list[int]], list[float]]:
     ids = torch.tensor([prompt])
+
+    def in_fp64(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Instead of what transformers has rounded to fp32, where beams could tie."""
+        return model(ids).logits[:, -1].log_softmax(-1)
+
     found = model.generate(
         ids,
+        logits_processor=LogitsProcessorList([in_fp64]),
         attention_mask=torch.ones_like(ids),
         num_beams=beams,
         num_return_sequences=beams,
@@ -51,7 +58,7 @@ def assert_same(
     other = prompt_of(17)  # searched beside it
     actual, _ = beam_search(engine, [prompt, other], beams, new, **options)
     penalty = options.get("length_penalty", 1.0)
-    assert [beam.score(penalty) for beam in actual] == pytest.approx(scores, abs=1e-4)
+    assert [beam.score(penalty) for beam in actual] == pytest.approx(scores, rel=1e-9)
     assert [beam.tokens for beam in actual] == sequences
     for beam in actual:
         tokens = torch.tensor(prompt + beam.tokens)
@@ -137,6 +144,8 @@ def test_what_cannot_be_searched(seed):
     ]:
         with pytest.raises(ValueError, match=message):
             beam_search(engine, [[1, 2], prompt], beams, new)
+    with pytest.raises(ValueError, match="early_stopping must be True, False or 'never', got 'no'"):
+        beam_search(engine, [[1, 2]], 2, 4, early_stopping="no")
     with torch.no_grad():
         engine.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits must be numbers, got NaN"):

@@ -56,7 +56,7 @@ def test_whole_bench(bench, sizes, dtype, tmp_path, monkeypatch, seed) -> None:
         sizes, device, dtype, (32, None), (1.33, 1.95), 2, requests=2, prompt=prompt, new=new
     )
     energy = bench("energy").Energy(device)
-    found = module.comparisons(setting, energy, own)
+    found = list(module.comparisons(setting, energy, own))
     assert len(found) == 5
     assert [len(comparison["goals"]) for comparison in found] == [4, 4, 1, 1, 1]
     for comparison in found[:2]:

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import random
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,8 +57,17 @@ def assert_like_the_model(model: MoRForCausalLM, result: Result, **tolerance) ->
         assert result.tokens == expected.argmax(-1).tolist()
 
 
-def serve_at_random_times(engine: Engine, model: MoRForCausalLM, rng: random.Random) -> None:
-    """Half of the prompts begin alike."""
+def serve_at_random_times(make: Callable[..., Engine], model: MoRForCausalLM, seed: int) -> None:
+    """In a small pool: chunks of a few tokens, preemptions, prefixes shared while they are run."""
+    rng = random.Random(seed)
+    lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
+    engine = make(
+        model,
+        max_batch=rng.randint(2, 5),
+        num_blocks=5 * lanes,  # the longest takes 4 pages of each
+        token_budget=rng.randint(6, 20),
+        depthwise=rng.choice([True, False]),
+    )
     head = prompts_of(20)[0]
     requests = prompts_of(1, 30, 7) + [head + tail for tail in prompts_of(1, 9, 12)]
     results = {}
@@ -73,19 +83,8 @@ def serve_at_random_times(engine: Engine, model: MoRForCausalLM, rng: random.Ran
 
 @pytest.mark.parametrize("sharing", ["middle_cycle", "sequence"])
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
-def test_every_variant_in_a_small_pool_at_random_times(routing, kv_strategy, sharing, seed):
-    """Chunks of a few tokens, preemptions, prefixes shared while they are being run."""
-    model = small(routing, kv_strategy, sharing)
-    rng = random.Random(seed)
-    lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
-    engine = Engine(
-        model,
-        max_batch=rng.randint(2, 5),
-        num_blocks=5 * lanes,  # the longest takes 4 pages of each
-        token_budget=rng.randint(6, 20),
-        depthwise=rng.choice([True, False]),
-    )
-    serve_at_random_times(engine, model, rng)
+def test_every_variant_at_random_times(routing, kv_strategy, sharing, seed):
+    serve_at_random_times(Engine, small(routing, kv_strategy, sharing), seed)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 16, 33, 200])

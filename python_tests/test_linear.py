@@ -94,6 +94,16 @@ def test_a_change_of_the_weight_is_seen(seed):
         assert linear.weight.equal(other.weight) or not linear(x, (0, 9)).equal(before)
 
 
+def test_another_weight_at_the_same_address_is_seen(seed):
+    """As a weight's is when its dtype changes to and fro; rounding to bf16 tells the two apart."""
+    linear, x = packed(100, 300), torch.randn(4, 100)
+    for _ in range(20):
+        linear.weight.data = torch.randn(300, 100)
+        assert_right(linear, x)
+        linear.bfloat16().float()
+        assert_right(linear, x)
+
+
 def test_gradients_come_from_the_weight_itself(seed):
     linear, x = packed(20, 30), torch.randn(4, 20)
     linear(x)

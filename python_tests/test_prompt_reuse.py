@@ -11,6 +11,7 @@ from test_models import small
 
 from mor_ext._engine import Scheduler
 from mor_ext.inference import Engine, Result, SamplingParams
+from mor_ext.nn import linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STAGES = [(1, 1), (2, 3), (1, 1)]
@@ -26,6 +27,21 @@ def serve(engine: Engine, prompt: list[int], new: int = 6) -> Result:
 
 
 # ---- requests of a model ----
+
+
+def test_a_changed_model_counts_once_the_engine_forgets(seed, monkeypatch):
+    """Changed through .data, which no version tells of."""
+    monkeypatch.setattr(linear, "LEAST_PACKED", 0)
+    model = small("none", "recursion_wise", initializer_range=0.1).float()
+    engine = Engine(model, num_blocks=2000)
+    prompt = prompts_of(20)[0]
+    params = SamplingParams(max_new_tokens=3, **GREEDY)
+    for _ in range(2):
+        (result,) = engine.generate([prompt], params, progress=False)
+        assert_like_the_model(model, result, atol=1e-4, rtol=1e-4)
+        for weight in model.parameters():
+            weight.data.mul_(1.2)
+        engine.forget()
 
 
 @pytest.mark.parametrize("depthwise", [True, False])

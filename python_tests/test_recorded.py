@@ -1,6 +1,5 @@
 """Passes of fixed shapes, recorded and replayed: the same as passes of just the rows there are."""
 
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -89,17 +88,7 @@ def test_padded_sizes():
 @pytest.mark.parametrize("sharing", ["middle_cycle", "sequence"])
 @pytest.mark.parametrize(("routing", "kv_strategy"), VARIANTS)
 def test_every_variant_at_random_times(routing, kv_strategy, sharing, seed):
-    model = small(routing, kv_strategy, sharing)
-    rng = random.Random(seed)
-    lanes = sum(len(s.block.layers) * s.num_recursions for s in model.stages)
-    engine = recorded_engine(
-        model,
-        max_batch=rng.randint(2, 5),
-        num_blocks=5 * lanes,
-        token_budget=rng.randint(6, 40),
-        depthwise=rng.choice([True, False]),
-    )
-    serve_at_random_times(engine, model, rng)
+    serve_at_random_times(recorded_engine, small(routing, kv_strategy, sharing), seed)
 
 
 @pytest.mark.parametrize("kv_strategy", CHOICES["kv_strategy"])

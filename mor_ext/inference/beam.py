@@ -52,10 +52,12 @@ def beam_search(
             if none can become better.
 
     Raises:
-        ValueError: beams is less than 1, or a prompt cannot be served.
+        ValueError: an argument is out of range, or a prompt cannot be served.
     """
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f"early_stopping must be True, False or 'never', got {early_stopping!r}")
     searches = []
     for prompt in prompts:
         ids = engine.encoded(prompt)

@@ -143,7 +143,7 @@ class Engine:
 
         priority: a request goes before those of one less that came up to 1000 steps earlier.
         """
-        return self._queue(prompt, params, priority).number
+        return self._queue(prompt, params, priority)
 
     def _queue(
         self,
@@ -151,7 +151,7 @@ class Engine:
         params: SamplingParams | None,
         priority: int,
         events: deque[Token] | None = None,
-    ) -> Request:
+    ) -> int:
         params = params or SamplingParams()
         ids: list[int] = []
         error = None
@@ -169,7 +169,7 @@ class Engine:
             else:
                 self.requests[number] = request
                 self.scheduler.submit(number, np.array(ids, dtype=np.int32), priority)
-        return request
+        return number
 
     def fork(self, number: int, params: SamplingParams | None = None, priority: int = 0) -> int:
         """A new request whose prompt is all that a running one has, and whose K/V it shares.
@@ -193,7 +193,7 @@ class Engine:
         return request.result("cancelled", depth)
 
     def forget(self) -> None:
-        """Drops the K/V kept of finished requests, and graphs. The K/V of running ones stay."""
+        """Drops K/V of finished requests, packed weights and graphs; K/V of running ones stay."""
         with self.lock:
             self.scheduler.drop_kept()
             self.walk.forget()
@@ -332,7 +332,7 @@ class Engine:
         Other requests go on meanwhile. Closing the generator cancels the request.
         """
         events: deque[Token] = deque()
-        number = self._queue(prompt, params, priority, events).number
+        number = self._queue(prompt, params, priority, events)
         try:
             while True:
                 results = self._collect({number})

@@ -54,6 +54,7 @@ class RecordedWalk(Walk):
         self.works: dict[tuple[Any, ...], FixedWork] = {}
 
     def forget(self) -> None:
+        super().forget()
         self.works.clear()
 
     def _work(self, kind: Callable[..., FixedWork], *how: Any) -> FixedWork:

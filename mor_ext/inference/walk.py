@@ -72,12 +72,16 @@ class Walk:
         self.hidden = weight.new_zeros(slots, model.config.hidden_size)
         self.stages = [Routed(i, stage, slots) for i, stage in enumerate(model.recursions())]
         self.packed_head = PackedWeight()
+        self.packed = [self.packed_head]
         for module in model.modules():
-            if isinstance(module, Linear) and module.packed is None:
-                module.packed = PackedWeight()
+            if isinstance(module, Linear):
+                module.packed = module.packed or PackedWeight()
+                self.packed.append(module.packed)
 
     def forget(self) -> None:
         """Drops what has been made of the model's parameters and thresholds."""
+        for packed in self.packed:
+            packed.clear()
 
     def step(self) -> tuple[list[int], Tensor]:
         """After ``scheduler.plan()``: sequences to be given a token, and logits ``[n, vocab]``."""

@@ -37,28 +37,35 @@ class PackedWeight:
 
     Without it every call brings the weight into such an order anew, which for 16 rows takes as long
     as the product itself. The copy takes the weight's memory once more. It is made when it is first
-    asked for, and again after the weight has changed; copies and pickles of this object start
-    without it. Where oneDNN has no kernel for the dtype, and of small weights, products take the
-    weight as it is.
+    asked for, and again after the weight has changed; after changes through ``weight.data``, which
+    PyTorch does not count, call ``clear``. Copies and pickles of this object start without it.
+    Where oneDNN has no kernel for the dtype, and of small weights, products take the weight itself.
     """
 
     def __init__(self) -> None:
         self.parts: dict[Part | None, Tensor] = {}
-        self.made_of: tuple[int, int] | None = None  # a weight's address and version
+        # What they were made of. That it is kept means that nothing else comes to its address.
+        self.source: Tensor | None = None
+        self.version = 0
 
     def __call__(self, x: Tensor, weight: Tensor, part: Part | None = None) -> Tensor:
         """``x @ weight.T`` ``[k, out_features]`` of x ``[k, in_features]``; part as in Linear."""
         if not can_pack(weight):
             return F.linear(x, part_of(weight, part))
-        now = (weight.data_ptr(), weight._version)
-        if self.made_of != now:
-            self.parts.clear()
-            self.made_of = now
+        same = self.source is not None and self.source.data_ptr() == weight.data_ptr()
+        if not same or self.version != weight._version:
+            self.clear()
+            self.source, self.version = weight.detach(), weight._version
         packed = self.parts.get(part)
         if packed is None:
-            rows = part_of(weight.detach(), part)
+            assert self.source is not None
+            rows = part_of(self.source, part)
             packed = self.parts[part] = torch.ops.mkldnn._reorder_linear_weight(rows)
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+    def clear(self) -> None:
+        self.parts.clear()
+        self.source = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedWeight, ()
