@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from models_worker import LLAMA, MODELS, Sizes, Spec
+from tables import table
 
 BENCH = Path(__file__).parent
 VANILLA = MODELS[0]
@@ -138,14 +139,14 @@ def goals(row: Found, found: dict[str, Found]) -> list[tuple[str, float, float]]
     return wanted
 
 
-def table(rows: list[Found]) -> str:
+def models_table(models: list[Found]) -> str:
     header = ["model", "training step", "of vanilla (rounds)", "CPU time", "FLOPs"]
     header += ["forward", "of vanilla", "FLOPs", "peak memory", "routing", "goal: measured, met"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
+    rows = []
+    for row in models:
         low, high = min(row["step_ratios"]), max(row["step_ratios"])
         share = row["routing_share"]
-        lines.append(
+        rows.append(
             [
                 row["model"] + (f", mean depth {row['depth']:.2f}" if share else ""),
                 f"{row['step']:.2f} s",
@@ -163,7 +164,7 @@ def table(rows: list[Found]) -> str:
                 ),
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(header, rows)
 
 
 def conditions(sizes: Sizes, rounds: int, threads: int, keep_freed_memory: bool) -> str:
@@ -207,7 +208,7 @@ def commit() -> str:
 
 def models_section(result: dict[str, Any]) -> str:
     """The JSON of a run as Markdown."""
-    return f"{result['conditions']}\n\n{table(judged(result['models']))}"
+    return f"{result['conditions']}\n\n{models_table(judged(result['models']))}"
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 import statistics
 from typing import Any
 
+from tables import table
+
 Found = dict[str, Any]  # of the jobs of a comparison, by name
-HEADER = ["", "", "tokens/s", "of the first (rounds)", "CPU time", "J a token", "mean depth"]
-HEADER += ["layers", "KV a token", "blocks held a token", "scheduler"]
+HEADER = ["", "", "tokens/s", "of the first (rounds)", "CPU time", "mean depth", "layers"]
+HEADER += ["KV a token", "blocks held a token", "scheduler"]
 
 
 def ratios(found: Found, name: str, than: str, clock: str = "seconds") -> list[float]:
@@ -34,7 +36,8 @@ def speeds(comparisons: list[dict[str, Any]]) -> str:
         for name in jobs:
             title = comparison["title"] if name == first else ""
             rows.append([title, name, *cells(jobs, name, first)])
-    return table(HEADER, rows)
+    read = len(rows[0]) > len(HEADER)
+    return table([*HEADER, "J a token"] if read else HEADER, rows)
 
 
 def cells(jobs: Found, name: str, first: str) -> list[str]:
@@ -47,20 +50,19 @@ def cells(jobs: Found, name: str, first: str) -> list[str]:
         f"{statistics.median(by_round):.3f} ({min(by_round):.2f} - {max(by_round):.2f})",
         f"{cpu_time:.3f}",
     ]
-    read = turns[0]["joules"] is not None
-    found.append(
-        f"{statistics.median(t['joules'] / t['tokens'] for t in turns):.3g}" if read else ""
-    )
     if facts is None:
-        return found + [""] * 5
-    return [
-        *found,
-        f"{facts['depth']:.2f}",
-        f"{facts['layers']:.2f}",
-        f"{facts['kv_bytes'] / 1e3:.2f} kB",
-        f"{facts['kv_bytes_held'] / 1e3:.2f} kB",
-        f"{facts['scheduler_share']:.2%}",
-    ]
+        found += [""] * 5
+    else:
+        found += [
+            f"{facts['depth']:.2f}",
+            f"{facts['layers']:.2f}",
+            f"{facts['kv_bytes'] / 1e3:.2f} kB",
+            f"{facts['kv_bytes_held'] / 1e3:.2f} kB",
+            f"{facts['scheduler_share']:.2%}",
+        ]
+    if turns[0]["joules"] is not None:
+        found.append(f"{statistics.median(t['joules'] / t['tokens'] for t in turns):.3g}")
+    return found
 
 
 def goals(comparisons: list[dict[str, Any]]) -> str:
@@ -72,10 +74,3 @@ def goals(comparisons: list[dict[str, Any]]) -> str:
             what = f"{goal['what']}, {comparison['title']}"
             rows.append([what, f"{sign} {goal['bound']:g}", f"{goal['measured']:.3g}", met])
     return table(["goal", "bound", "measured", "met"], rows)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; columns that are empty are left out."""
-    kept = [i for i in range(len(header)) if header[i] == "" or any(row[i] for row in rows)]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in lines)

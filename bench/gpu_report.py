@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_report import engine_section
+from tables import table
 
 MATMUL = "bfloat16_matmul_tflop_s"  # of 16-bit work
 RESULTS = Path(__file__).parent / "results"
@@ -61,13 +62,6 @@ def timed(entry: Entry) -> Entry:
 
 
 # ---- tables ----
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, in columns that also read well as text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -16,6 +16,7 @@ from typing import Any
 from bench_models import models_section
 from engine_report import engine_section
 from gpu_report import gpu_section
+from tables import table
 
 OURS = "mor"
 PEERS = ["eager", "eager mask", "compiled", "sdpa"]
@@ -62,11 +63,6 @@ def goals(group: Group) -> list[tuple[str, str, str, bool]]:
             got = ratio(entry)
             rows.append((name(group), f">= {least:g}x {peer}", f"{got:.2f}x", got >= least))
     return rows
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def family_table(groups: list[Group]) -> str:
